@@ -79,7 +79,8 @@ def check_rank(rank: int, shape: Sequence[int], *, name: str = "rank") -> None:
     if not 1 <= rank <= limit:
         raise InputError(
             "rank-out-of-range",
-            f"{name}={rank} does not fit a matrix of shape {tuple(shape)}: it must be between 1 and {limit}. Pass {name}={limit} for an exact factorisation.",
+            f"{name}={rank} does not fit a matrix of shape {tuple(shape)}: it must be between 1 and {limit}. "
+            f"Pass {name}={limit} for an exact factorisation.",
         )
 
 
