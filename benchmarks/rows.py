@@ -105,7 +105,7 @@ class Row:
         if not self.values or len(self.values) != len(self.seeds):
             raise ValueError(f"got {len(self.values)} values for {len(self.seeds)} seeds, expected one per seed and at least one. Pass both in full.")
         if self.baseline_values and len(self.baseline_values) != len(self.seeds):
-            raise ValueError(f"got {len(self.baseline_values)} baseline_values for {len(self.seeds)} seeds, expected one each. Run the baseline as often.")
+            raise ValueError(f"got {len(self.baseline_values)} baseline_values for {len(self.seeds)} seeds, expected one each. Run it as often.")
         if bool(self.baseline) != bool(self.baseline_values):
             raise ValueError("got a baseline without values or values without a baseline, expected both or neither. Name what was measured.")
         if not all(math.isfinite(value) for value in (*self.values, *self.baseline_values, self.seconds)):

@@ -73,7 +73,7 @@ def _protected_first(order: Tensor, protect: Tensor, *, keep: int) -> Tensor:
     if protect.shape != order.shape or protect.dtype.is_floating_point or protect.dtype.is_complex:
         raise InputError(
             "protect-shape",
-            f"got protect of shape {tuple(protect.shape)}, {protect.dtype}, expected one boolean for each of {len(order)} parts. Pass a boolean mask.",
+            f"got protect of shape {tuple(protect.shape)}, {protect.dtype}, expected one boolean for each of {len(order)} parts. Pass a mask.",
         )
     mask = protect.bool()
     num_protected = int(mask.sum())

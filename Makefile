@@ -1,0 +1,56 @@
+# Every target creates .venv with everything in it when it is missing or older than pyproject.toml. Nothing else is needed but Python >= 3.11.
+# Another interpreter: make test PYTHON=/path/to/python3
+# The first of these that runs and is new enough.
+ifndef PYTHON
+PYTHON := $(shell for candidate in python3.11 python3 python3.12 python3.13 python3.14 python; do \
+  "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo "$$candidate"; exit; }; done; echo python3)
+endif
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# A later release of torch needs only this line; on a machine with a GPU set TORCH=torch to take the newest build.
+TORCH ?= torch==2.13.0
+DEMO := runs/demo
+
+.PHONY: demo test test-fast lint docs bench install clean help
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(STAMP)  ## the main job on real input: fine-tune MiniLM on the standard library's docstrings, at most 6 minutes on 2 cores
+	@if [ -f $(DEMO)/run.json ]; then set -x; $(BIN)/partwise tune --out $(DEMO) --resume; else set -x; $(BIN)/partwise tune --out $(DEMO); fi
+
+test: $(STAMP)  ## the whole suite
+	$(BIN)/python -m pytest
+
+test-fast: $(STAMP)  ## the suite without tests over 5 seconds
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(STAMP)  ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+docs: $(STAMP)  ## write the generated pages anew, fail if that changed one, and run the code in all pages
+	$(BIN)/python benchmarks/report.py --fail-on-change
+	$(BIN)/python -m pytest tests/test_docs.py
+
+bench: $(STAMP)  ## every benchmark program in turn, then the generated pages; hours
+	@for program in benchmarks/*_*.py; do echo "== $$program"; $(BIN)/python "$$program" || exit 1; done
+	$(BIN)/python benchmarks/report.py
+
+install: $(STAMP)  ## only .venv
+
+$(STAMP): pyproject.toml
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "error: partwise needs Python 3.11 or later, and $(PYTHON) says: $$("$(PYTHON)" --version 2>&1 || true)" >&2; \
+	  echo "Install Python 3.11, or name another interpreter: make $(or $(MAKECMDGOALS),test) PYTHON=/path/to/python3" >&2; exit 1; }
+	@[ -x $(BIN)/python ] || "$(PYTHON)" -m venv $(VENV) || { \
+	  rm -rf $(VENV); echo "error: '$(PYTHON) -m venv' failed. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@echo "Setting up $(VENV): torch, then partwise with its extras. This takes a few minutes, once."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[all,dev]"
+	@touch $@
+
+clean:  ## remove .venv, caches and the demo run
+	rm -rf $(VENV) $(DEMO) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
