@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from numbers import Integral
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -97,3 +98,9 @@ def check_choice(value: object, known: Sequence[str], *, name: str) -> None:
     """Refuse a value outside ``known`` and list the known ones."""
     if value not in known:
         raise InputError("unknown-choice", f"{name}={value!r} is not known. Choose one of: {', '.join(known)}.")
+
+
+def check_at_least(value: object, minimum: int, *, name: str) -> None:
+    """Refuse anything but an integer of at least ``minimum``; numpy integers count, booleans do not."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < minimum:
+        raise InputError("below-minimum", f"{name}={value!r} must be an integer of at least {minimum}. Pass {name}={minimum} or more.")

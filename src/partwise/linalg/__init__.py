@@ -1,0 +1,29 @@
+"""Pure tensor maths: functions of tensors that return tensors, with no files, no logging and no global seed.
+
+- ``rank_one`` - rank-one regression: its closed form, and solver steps on a deflated target.
+- ``deflation`` - remove rank-one parts from a matrix; how far a part is from the exact one.
+- ``bounds`` - what theory says about errors, rates and warm-up rounds of deflation.
+- ``compute_schedule`` - deal a number of steps to components.
+- ``subspace`` - angles, gaps, low-rank projections.
+
+Importing this package loads none of them; ``rank_one_step`` and ``deflate`` load torch when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from partwise.linalg.deflation import deflate
+    from partwise.linalg.rank_one import rank_one_step
+
+__all__ = ["deflate", "rank_one_step"]
+
+_HOMES = {"deflate": "partwise.linalg.deflation", "rank_one_step": "partwise.linalg.rank_one"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,182 @@
+"""What theory says about deflation: error envelopes, warm-up rounds, the cascade of errors, and the rate that is seen in practice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from partwise.checks import InputError, check_at_least
+
+__all__ = ["cascade_bound", "error_envelope", "predicted_rates", "theorem_rates", "warm_up_rounds"]
+
+
+def predicted_rates(singular_values: Sequence[float], *, num_components: int, num_local_steps: int = 1) -> tuple[float, ...]:
+    """Factor by which the error of each component shrinks per round of parallel deflation with the ``power`` solver, once it has settled.
+
+    A component is as slow as the slowest one up to it: ``max_{j <= k} (sigma_{j+1} / sigma_j)^(2 * num_local_steps)``. This describes what is seen;
+    it is not a bound.
+
+    Parameters
+    ----------
+    singular_values : sequence of float
+        Of the reduced target, largest first; one after the last is taken as 0.
+    num_components : int
+        Components to predict (r in the paper).
+    num_local_steps : int, default=1
+        Solver steps per round.
+
+    References
+    ----------
+    AdaPaD. arXiv:2605.10741.
+
+    Examples
+    --------
+    >>> predicted_rates([4.0, 2.0, 1.5, 0.0], num_components=3)
+    (0.25, 0.5625, 0.5625)
+    """
+    check_at_least(num_components, 1, name="num_components")
+    values = [*map(float, singular_values), 0.0]
+    ratios = [values[k + 1] / values[k] for k in range(num_components)]
+    return tuple(max(ratios[: k + 1]) ** (2 * num_local_steps) for k in range(num_components))
+
+
+def theorem_rates(contractions: Sequence[float]) -> tuple[float, ...]:
+    """Rates ``m_k`` of the theorem on parallel deflation: ``m_k = max(F_k, 1/k + (k-1)/k m_{k-1})``, with ``m_1 = F_1``.
+
+    Parameters
+    ----------
+    contractions : sequence of float
+        ``F_k`` in (0, 1): the largest factor by which one call of the solver shrinks the error on any target that component k meets from round k on.
+
+    Notes
+    -----
+    The theorem starts its recursion at ``m_0 = F_1``, which makes ``m_1 = 1`` and says nothing about the first component or those behind it. We take
+    ``m_0 = F_1`` to mean the rate of the first component.
+
+    References
+    ----------
+    Liao, Su, Kyrillidis. Provable Model-Parallel Distributed Principal Component Analysis with Parallel Deflation, Theorem 2. arXiv:2502.17615.
+
+    Examples
+    --------
+    >>> theorem_rates([0.5, 0.25, 0.25])
+    (0.5, 0.75, 0.8333333333333333)
+    """
+    if not contractions or not all(0 < factor < 1 for factor in contractions):
+        raise InputError(
+            "contraction-range", f"got contractions={tuple(contractions)}, expected at least one factor, each between 0 and 1. Use a solver that contracts."
+        )
+    rates = [float(contractions[0])]
+    for k, factor in enumerate(contractions[1:], start=2):
+        rates.append(max(float(factor), 1 / k + (k - 1) / k * rates[-1]))
+    return tuple(rates)
+
+
+def warm_up_rounds(eigenvalues: Sequence[float], rates: Sequence[float]) -> tuple[float, ...]:
+    """Smallest warm-up rounds ``s_k`` that the theorem on parallel deflation allows.
+
+    Parameters
+    ----------
+    eigenvalues : sequence of float
+        Distinct and positive, largest first, one more than there are rates; a last one of 0 is fine.
+    rates : sequence of float
+        ``m_k`` from ``theorem_rates``.
+
+    Returns
+    -------
+    tuple of float
+        One per rate, the first is 1. Round up where whole rounds are needed.
+
+    References
+    ----------
+    Liao, Su, Kyrillidis. Provable Model-Parallel Distributed Principal Component Analysis with Parallel Deflation, Theorem 2. arXiv:2502.17615.
+    """
+    if len(eigenvalues) <= len(rates):
+        raise InputError(
+            "too-few-eigenvalues", f"got {len(eigenvalues)} eigenvalues for {len(rates)} rates, expected one more. Append the next one, or 0 if there is none."
+        )
+    starts = [1.0]
+    for k in range(1, len(rates)):  # s_{k+1} from components 1..k; index k - 1 is component k
+        log_rate = math.log(1 / rates[k - 1])
+        settle = max(_lambert(rates[k - 1] * log_rate) / log_rate, (k * rates[k - 1] + 1) / (1 - rates[k - 1]))
+        gap = eigenvalues[k] - eigenvalues[k + 1]
+        starts.append(
+            max(
+                settle + _lambert(gap / (12 * k * eigenvalues[j]) * log_rate**2) / math.log(1 / rates[j]) + starts[j]
+                for j in range(k)
+            )
+        )
+    return tuple(starts)
+
+
+def _lambert(value: float) -> float:
+    """``-W_{-1}(-value)`` on (0, 1/e), the lower branch of Lambert's function; 1 from 1/e on."""
+    if not value > 0:
+        raise InputError("no-gap", f"got a gap term of {value}, expected more than 0. The theorem needs distinct eigenvalues; merge equal ones.")
+    if value >= 1 / math.e:
+        return 1.0
+    from scipy.special import lambertw  # late: the rest of this module needs no scipy
+
+    return -float(lambertw(-value, -1).real)
+
+
+def error_envelope(round_number: int, *, warm_up: float, rate: float) -> float:
+    """Bound ``6 (l - s + 2) m^(l - s + 1)`` on the error of a component at round ``l``, valid from ``l = s - 1`` on.
+
+    Parameters
+    ----------
+    round_number : int
+        ``l``, the first round is 1.
+    warm_up, rate : float
+        ``s`` from ``warm_up_rounds`` and ``m`` from ``theorem_rates`` of the component.
+
+    References
+    ----------
+    Liao, Su, Kyrillidis. Provable Model-Parallel Distributed Principal Component Analysis with Parallel Deflation, Theorem 2. arXiv:2502.17615.
+    """
+    past = round_number - warm_up + 1
+    if past < 0:
+        raise InputError(
+            "before-warm-up", f"got round_number={round_number} for warm_up={warm_up:.6g}, expected at least {warm_up - 1:.6g}. The bound starts there."
+        )
+    return 6 * (past + 1) * rate**past
+
+
+def cascade_bound(singular_values: Sequence[float], step_errors: Sequence[float]) -> float:
+    """Bound on the residual of sequential deflation when each step leaves an error behind.
+
+    ``sqrt(sum_{k > r} sigma_k^2) + sum_k (prod_{j < k} rho_j) ||Psi_k||``, ``rho_j = 2 + 6 sigma_j / (sigma_j - sigma_{j+1})``. It holds while the
+    errors that have piled up stay below half of the smallest gap, and it is very loose: use it as a check, never as a prediction.
+
+    Parameters
+    ----------
+    singular_values : sequence of float
+        All singular values of the target, largest first, the first r + 1 distinct; one after the last is taken as 0.
+    step_errors : sequence of float
+        ``||Psi_k||_F``: distance between what step k found and the best rank-one part of the target it saw, for k = 1 ... r.
+
+    Notes
+    -----
+    Two texts of the essay disagree on whose singular values these are; we take those of the target, as its current text does.
+
+    References
+    ----------
+    One Rank at a Time: Cascading Error Dynamics in Sequential Learning, Theorem 1. arXiv:2505.22602.
+
+    Examples
+    --------
+    >>> cascade_bound([4.0, 2.0, 1.0], [0.0, 0.0])  # exact steps: only the tail is left
+    1.0
+    """
+    values = [*map(float, singular_values), 0.0]
+    num_components = len(step_errors)
+    growth, cascade = 1.0, 0.0
+    for k, error in enumerate(step_errors):
+        cascade += growth * error
+        gap = values[k] - values[k + 1]
+        if not gap > 0:
+            raise InputError(
+                "no-gap", f"got a gap of {gap} between singular values {k + 1} and {k + 2}, expected more than 0. The bound needs distinct values."
+            )
+        growth *= 2 + 6 * values[k] / gap
+    return math.sqrt(sum(value**2 for value in values[num_components:])) + cascade
