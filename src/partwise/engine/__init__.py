@@ -33,4 +33,3 @@ class Engine(Protocol):
     def __call__(self, method: Worker[Part, Result], parts: Sequence[Part]) -> list[Result]:
         """Results of ``parts``; an engine that loses or delays some returns the rest."""
         ...
-

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from partwise.engine import Worker
 
@@ -12,8 +12,8 @@ Result = TypeVar("Result")
 
 
 @runtime_checkable
-class _Batched(Protocol[Part, Result]):
-    def work_all(self, parts: Sequence[Part]) -> list[Result]: ...
+class _Batched(Protocol):
+    def work_all(self, parts: Sequence[Any]) -> list[Any]: ...
 
 
 def inline(method: Worker[Part, Result], parts: Sequence[Part]) -> list[Result]:

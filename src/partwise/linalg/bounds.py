@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from partwise.checks import InputError, check_at_least
+from partwise.checks import InputError, check_at_least, load_extra
 
 __all__ = ["cascade_bound", "error_envelope", "predicted_rates", "theorem_rates", "warm_up_rounds"]
 
@@ -35,6 +35,12 @@ def predicted_rates(singular_values: Sequence[float], *, num_components: int, nu
     (0.25, 0.5625, 0.5625)
     """
     check_at_least(num_components, 1, name="num_components")
+    num_positive = sum(value > 0 for value in singular_values)
+    if num_components > num_positive:
+        raise InputError(
+            "rank-out-of-range",
+            f"num_components={num_components} is more than the {num_positive} singular values above 0. Pass num_components={num_positive} or less.",
+        )
     values = [*map(float, singular_values), 0.0]
     ratios = [values[k + 1] / values[k] for k in range(num_components)]
     return tuple(max(ratios[: k + 1]) ** (2 * num_local_steps) for k in range(num_components))
@@ -64,7 +70,8 @@ def theorem_rates(contractions: Sequence[float]) -> tuple[float, ...]:
     """
     if not contractions or not all(0 < factor < 1 for factor in contractions):
         raise InputError(
-            "contraction-range", f"got contractions={tuple(contractions)}, expected at least one factor, each between 0 and 1. Use a solver that contracts."
+            "contraction-range",
+            f"got contractions={tuple(contractions)}, expected one or more factors, each between 0 and 1. Use a solver that contracts.",
         )
     rates = [float(contractions[0])]
     for k, factor in enumerate(contractions[1:], start=2):
@@ -93,19 +100,15 @@ def warm_up_rounds(eigenvalues: Sequence[float], rates: Sequence[float]) -> tupl
     """
     if len(eigenvalues) <= len(rates):
         raise InputError(
-            "too-few-eigenvalues", f"got {len(eigenvalues)} eigenvalues for {len(rates)} rates, expected one more. Append the next one, or 0 if there is none."
+            "too-few-eigenvalues",
+            f"got {len(eigenvalues)} eigenvalues for {len(rates)} rates, expected one more. Append the next one, or 0 if there is none.",
         )
     starts = [1.0]
     for k in range(1, len(rates)):  # s_{k+1} from components 1..k; index k - 1 is component k
         log_rate = math.log(1 / rates[k - 1])
         settle = max(_lambert(rates[k - 1] * log_rate) / log_rate, (k * rates[k - 1] + 1) / (1 - rates[k - 1]))
         gap = eigenvalues[k] - eigenvalues[k + 1]
-        starts.append(
-            max(
-                settle + _lambert(gap / (12 * k * eigenvalues[j]) * log_rate**2) / math.log(1 / rates[j]) + starts[j]
-                for j in range(k)
-            )
-        )
+        starts.append(max(settle + _lambert(gap / (12 * k * eigenvalues[j]) * log_rate**2) / math.log(1 / rates[j]) + starts[j] for j in range(k)))
     return tuple(starts)
 
 
@@ -115,9 +118,8 @@ def _lambert(value: float) -> float:
         raise InputError("no-gap", f"got a gap term of {value}, expected more than 0. The theorem needs distinct eigenvalues; merge equal ones.")
     if value >= 1 / math.e:
         return 1.0
-    from scipy.special import lambertw  # late: the rest of this module needs no scipy
-
-    return -float(lambertw(-value, -1).real)
+    special = load_extra("scipy.special", extra="sklearn")  # late: the rest of this module needs no scipy
+    return -float(special.lambertw(-value, -1).real)
 
 
 def error_envelope(round_number: int, *, warm_up: float, rate: float) -> float:
@@ -137,9 +139,10 @@ def error_envelope(round_number: int, *, warm_up: float, rate: float) -> float:
     past = round_number - warm_up + 1
     if past < 0:
         raise InputError(
-            "before-warm-up", f"got round_number={round_number} for warm_up={warm_up:.6g}, expected at least {warm_up - 1:.6g}. The bound starts there."
+            "before-warm-up",
+            f"got round_number={round_number} for warm_up={warm_up:.6g}, expected at least {warm_up - 1:.6g}. The bound starts there.",
         )
-    return 6 * (past + 1) * rate**past
+    return float(6 * (past + 1) * rate**past)
 
 
 def cascade_bound(singular_values: Sequence[float], step_errors: Sequence[float]) -> float:

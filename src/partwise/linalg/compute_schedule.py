@@ -61,8 +61,8 @@ def compute_schedule(num_components: int, num_steps: int, *, min_steps: int = 1,
     if spare < 0:
         raise InputError(
             "too-few-steps",
-            f"got num_steps={num_steps} for {num_components} components of at least {min_steps} steps, expected at least {num_components * min_steps}. "
-            f"Raise num_steps, or lower min_steps or the number of components.",
+            f"got num_steps={num_steps} for {num_components} components of at least {min_steps} steps, "
+            f"expected at least {num_components * min_steps}. Raise num_steps, or lower min_steps or the number of components.",
         )
     weights = _linear_weights(num_components, Fraction(alpha))
     quotas = [spare * weight / sum(weights) for weight in weights]

@@ -49,16 +49,17 @@ def pair_distances(left: Tensor, right: Tensor, other_left: Tensor, other_right:
     """
     left_along, left_across = _along_and_across(left, other_left)
     right_along, right_across = _along_and_across(right, other_right)
-    other_size = other_left.norm(dim=1) * other_right.norm(dim=1)  # (k,)
+    other_size = torch.linalg.vector_norm(other_left, dim=1) * torch.linalg.vector_norm(other_right, dim=1)  # (k,)
     terms = [left_along * right_along - other_size, left_along * right_across, left_across * right_along, left_across * right_across]
-    return torch.stack(terms).norm(dim=0)  # (k,)
+    distances: Tensor = torch.linalg.vector_norm(torch.stack(terms), dim=0)  # (k,)
+    return distances
 
 
 def _along_and_across(vectors: Tensor, axes: Tensor) -> tuple[Tensor, Tensor]:
     """Signed length of each row along the row of ``axes``, and the length of the rest: (k, dim) twice -> (k,) twice. A zero axis has no along."""
     units = torch.nn.functional.normalize(axes, dim=1)  # (k, dim)
     along = (vectors * units).sum(dim=1)  # (k,)
-    return along, (vectors - along[:, None] * units).norm(dim=1)
+    return along, torch.linalg.vector_norm(vectors - along[:, None] * units, dim=1)
 
 
 def deflation_errors(left: Tensor, right: Tensor, exact_left: Tensor, exact_right: Tensor) -> Tensor:
@@ -89,4 +90,5 @@ def deflation_errors(left: Tensor, right: Tensor, exact_left: Tensor, exact_righ
     >>> deflation_errors(-exact, -exact, exact, exact).tolist(), deflation_errors(0 * exact, exact, exact, exact).tolist()
     ([0.0, 0.0], [1.0, 1.0])
     """
-    return pair_distances(left, right, exact_left, exact_right) / (exact_left.norm(dim=1) * exact_right.norm(dim=1))
+    exact_size: Tensor = torch.linalg.vector_norm(exact_left, dim=1) * torch.linalg.vector_norm(exact_right, dim=1)  # (k,)
+    return pair_distances(left, right, exact_left, exact_right) / exact_size

@@ -1,0 +1,32 @@
+"""decompose: scikit-learn estimators built from parts that are worked on apart. Rows are samples.
+
+- ``parallel-rank-one-regression`` - low-rank regression, one worker per rank-one map, all at once; errors heal from round to round - arXiv:2605.10741
+- ``sequential-rank-one-regression`` - low-rank regression, one rank-one map after the other, each frozen when done - arXiv:2505.22602
+
+Needs the extra ``sklearn``; scikit-learn and torch load when a name is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from partwise.checks import load_extra
+
+if TYPE_CHECKING:
+    from partwise.decompose.rank_one_regression import ParallelRankOneRegression, SequentialRankOneRegression
+
+__all__ = ["METHODS", "ParallelRankOneRegression", "SequentialRankOneRegression"]
+
+METHODS = {
+    "parallel-rank-one-regression": "partwise.decompose.rank_one_regression:ParallelRankOneRegression",
+    "sequential-rank-one-regression": "partwise.decompose.rank_one_regression:SequentialRankOneRegression",
+}
+
+
+def __getattr__(name: str) -> Any:
+    homes = {target.partition(":")[2]: target.partition(":")[0] for target in METHODS.values()}
+    if name not in homes:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    load_extra("sklearn", extra="sklearn")
+    return getattr(importlib.import_module(homes[name]), name)
