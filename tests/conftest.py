@@ -18,11 +18,16 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+# The same examples in every run, and no deadline: the first call of a library is slow, which says nothing about the claim.
+hypothesis.settings.register_profile("partwise", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("partwise")
 
 LOOPBACK = ("127.", "::1", "localhost", "0.0.0.0")
 _connect, _connect_ex, _getaddrinfo = socket.socket.connect, socket.socket.connect_ex, socket.getaddrinfo
