@@ -182,16 +182,16 @@ class ParallelRankOneRegression(_RankOneRegression):
     n_iter_ : int
         Rounds that were run.
 
+    See Also
+    --------
+    SequentialRankOneRegression : One map after the other, each frozen when done.
+
     Notes
     -----
     Differences from the paper: the error measure is ours (the essay uses one without defining it); a map that is not published yet counts as
     absent; starting everyone in round 1 and ``solver="svd"`` are additions. The fit computes the exact maps as well, in order to report errors and
     to refuse what is not determined, so in one process this is no faster than one singular value decomposition. Cost per round:
     ``O(n_components * num_local_steps * n_targets * rank_)``.
-
-    See Also
-    --------
-    SequentialRankOneRegression : One map after the other, each frozen when done.
 
     References
     ----------
@@ -310,15 +310,15 @@ class SequentialRankOneRegression(_RankOneRegression):
     n_iter_ : int
         Stages that were run: n_components.
 
+    See Also
+    --------
+    ParallelRankOneRegression : All maps at once; errors heal.
+
     Notes
     -----
     Watch the components, not the residual: on targets of exact rank n_components, every least-squares step removes one rank whatever it finds, so
     the residual ends at zero while the maps may be far from the exact ones. Differences from the paper: steps are whole numbers (largest remainder);
     ``solver="svd"`` is an addition. The fit computes the exact maps as well, in order to report errors.
-
-    See Also
-    --------
-    ParallelRankOneRegression : All maps at once; errors heal.
 
     References
     ----------
