@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from partwise.checks import InputError
 from partwise.tune.lora import ADAPTER, build_plain_lora, even_ranks
 from partwise.tune.recipe import Plan, Recipe
 
@@ -51,16 +52,20 @@ class AdaLoRA(Recipe):
         """Install peft's SVD layers at the starting rank and set the exact final budget."""
         from peft import AdaLoraConfig, get_peft_model
 
+        num_steps = plan.num_steps
+        if num_steps < 2:
+            raise InputError("too-few-steps", f"AdaLoRA needs a step to score components and one to drop them: got --max-steps {num_steps}, expected 2 or more.")
+        num_final = min(int(self.final_share * num_steps), num_steps - 2)
         even = even_ranks(model, self.target_modules, plan)
         budget = sum(even.values())
         start = math.ceil(SURPLUS * budget / len(even))
         config = AdaLoraConfig(
             init_r=start,
             target_r=max(1, budget // len(even)),
-            tinit=int(self.warmup_share * plan.num_steps),
-            tfinal=int(self.final_share * plan.num_steps),
-            deltaT=self.interval or max(1, plan.num_steps // 50),
-            total_step=plan.num_steps,
+            tinit=min(int(self.warmup_share * num_steps), num_steps - num_final - 1),
+            tfinal=num_final,
+            deltaT=self.interval or max(1, num_steps // 50),
+            total_step=num_steps,
             orth_reg_weight=self.orthogonality,
             lora_alpha=2 * start if self.lora_alpha is None else self.lora_alpha,  # type: ignore[arg-type]
             lora_dropout=self.lora_dropout,
@@ -133,7 +138,7 @@ class AdaLoRA(Recipe):
 
 
 def allocator(model: PeftModel) -> Any:
-    """peft's ``RankAllocator`` of the adapter."""
+    """Peft's ``RankAllocator`` of the adapter."""
     tuner: Any = model.base_model
     return tuner.rankallocator
 
