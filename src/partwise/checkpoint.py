@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from partwise.checks import InputError, RunError
+from partwise.checks import InputError, RunError, check_at_least
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -180,10 +180,7 @@ def save_checkpoint(folder: Path, *, step: int, tensors: Mapping[str, Tensor], s
     """
     import safetensors.torch
 
-    if keep < 1:
-        raise InputError(
-            "below-minimum", f"keep={keep} would delete the checkpoint just written: it must be at least 1. Pass keep=1 to keep only the newest."
-        )
+    check_at_least(keep, 1, name="keep")
     data = safetensors.torch.save({name: _storable(name, tensor) for name, tensor in tensors.items()})
     plain_state = json.loads(json.dumps(state))
     checksums = {TENSORS: hashlib.sha256(data).hexdigest(), "state": _state_checksum(step, plain_state)}
