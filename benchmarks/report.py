@@ -136,7 +136,7 @@ def all_methods() -> list[MethodEntry]:
     for room in partwise.ROOMS:
         if not (ROOT / "src" / "partwise" / room / "__init__.py").exists():
             continue
-        for name, target in importlib.import_module(f"partwise.{room}").METHODS.items():
+        for name, target in getattr(importlib.import_module(f"partwise.{room}"), "METHODS", {}).items():
             module, _, class_name = target.partition(":")
             text = inspect.getdoc(getattr(importlib.import_module(module), class_name)) or ""
             entries.append(MethodEntry(name, room, class_name, first_sentence(text), paper_link(text)))

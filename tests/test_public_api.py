@@ -124,7 +124,7 @@ def test_methods_are_lazy_names_of_classes_that_cite_their_paper(room: str):
 def test_the_index_of_a_room_lists_every_method_with_what_it_does(room: str):
     module = load_room(room)
     for name in module.METHODS:
-        line = rf"^\s*{re.escape(name)} (-|:) \S+"
+        line = rf"^\s*([-*] )?`*{re.escape(name)}`* (-|:) \S+"
         assert re.search(line, module.__doc__ or "", flags=re.MULTILINE), f"the docstring of {room} has no line '{name} - ...'"
 
 
