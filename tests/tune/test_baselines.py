@@ -13,13 +13,13 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
-from tolerances import assert_close
 
 from partwise.checks import InputError
 from partwise.tune.adalora import AdaLoRA, allocator, rank_masks
 from partwise.tune.eva import EVA
 from partwise.tune.lora import LoRA, lora_ranks
 from partwise.tune.recipe import Plan, Recipe, spread_budget
+from tolerances import assert_close
 
 NUM_MODULES = 13  # two layers of six, and the pooler
 RECIPES = [LoRA(), AdaLoRA(), EVA()]
@@ -42,7 +42,14 @@ def batch(step: int, *, rows: int = 8) -> dict[str, Tensor]:
 
 
 def plan(**changes: Any) -> Plan:
-    values = {"num_steps": 20, "target_r": 2.0, "budget": None, "seed": 0, "task_type": "SEQ_CLS", "calibration": lambda: (batch(i) for i in range(4))}
+    values = {
+        "num_steps": 20,
+        "target_r": 2.0,
+        "budget": None,
+        "seed": 0,
+        "task_type": "SEQ_CLS",
+        "calibration": lambda: (batch(i) for i in range(4)),
+    }
     return Plan(**(values | changes))
 
 
@@ -116,7 +123,7 @@ def test_an_uneven_budget_gives_the_first_modules_one_more():
 
 
 def test_a_budget_below_one_component_per_module_is_refused():
-    with pytest.raises(InputError, match="the budget is 12 components for 13 modules, expected at least one each. Pass --budget 13"):
+    with pytest.raises(InputError, match=r"the budget is 12 components for 13 modules, expected at least one each\. Pass --budget 13"):
         LoRA().wrap(bert(), plan(budget=12))
 
 
@@ -133,7 +140,7 @@ def test_a_model_without_linear_layers_is_refused():
 def test_target_modules_choose_layers_and_unknown_names_list_the_known():
     model = LoRA(target_modules="query, value").wrap(bert(), plan())
     assert {name.rpartition(".")[2] for name in lora_ranks(model)} == {"query", "value"}
-    with pytest.raises(InputError, match="names 'qeury', which is no linear layer of the model. It has: dense, key, query, value"):
+    with pytest.raises(InputError, match=r"names 'qeury', which is no linear layer of the model\. It has: dense, key, query, value"):
         LoRA(target_modules="qeury").wrap(bert(), plan())
 
 
@@ -251,5 +258,5 @@ def test_eva_starts_at_the_main_directions_of_the_inputs():
 
 
 def test_eva_refuses_batches_with_fewer_rows_than_directions():
-    with pytest.raises(InputError, match="EVA looks for 2 directions in batches of 1 rows, expected at least 2 rows. Raise --batch-size to 2"):
+    with pytest.raises(InputError, match=r"EVA looks for 2 directions in batches of 1 rows, expected at least 2 rows\. Raise --batch-size to 2"):
         EVA().wrap(bert(), plan(calibration=lambda: [batch(0, rows=1)]))

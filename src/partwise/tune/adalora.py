@@ -54,7 +54,9 @@ class AdaLoRA(Recipe):
 
         num_steps = plan.num_steps
         if num_steps < 2:
-            raise InputError("too-few-steps", f"AdaLoRA needs a step to score components and one to drop them: got --max-steps {num_steps}, expected 2 or more.")
+            raise InputError(
+                "too-few-steps", f"AdaLoRA needs a step to score components and one to drop them: got --max-steps {num_steps}, expected 2 or more."
+            )
         num_final = min(int(self.final_share * num_steps), num_steps - 2)
         even = even_ranks(model, self.target_modules, plan)
         budget = sum(even.values())
@@ -67,12 +69,12 @@ class AdaLoRA(Recipe):
             deltaT=self.interval or max(1, num_steps // 50),
             total_step=num_steps,
             orth_reg_weight=self.orthogonality,
-            lora_alpha=2 * start if self.lora_alpha is None else self.lora_alpha,  # type: ignore[arg-type]
+            lora_alpha=2 * start if self.lora_alpha is None else self.lora_alpha,
             lora_dropout=self.lora_dropout,
             target_modules=sorted(even),
             task_type=plan.task_type,
         )
-        wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
+        wrapped = get_peft_model(model, config)
         allocator(wrapped).target_bgt = budget  # peft only knows whole ranks per module
         return wrapped
 

@@ -44,7 +44,7 @@ class EVA(Recipe):
         batches = list(plan.calibration())
         eva = EvaConfig(rho=affordable_rho(self.rho, ranks=ranks.values(), batches=batches), tau=self.tau, use_label_mask=False)
         config = plain_config(ranks, scale=scale_for(self.lora_alpha, ranks), task_type=plan.task_type, lora_dropout=self.lora_dropout)
-        wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
+        wrapped = get_peft_model(model, config)
         config.init_lora_weights, config.eva_config = "eva", eva  # said only now, so that peft does not warn about memory it cannot save here
         initialize_lora_eva_weights(wrapped, batches, prepare_layer_inputs_fn=real_tokens, show_progress_bar=False)
         return wrapped
@@ -78,7 +78,8 @@ def affordable_rho(rho: float, *, ranks: Iterable[int], batches: list[dict[str, 
     rows = min(batch["input_ids"].shape[0] for batch in batches)
     if rows < top:
         raise InputError(
-            "batch-too-small", f"EVA looks for {top} directions in batches of {rows} rows, expected at least {top} rows. Raise --batch-size to {top} or more."
+            "batch-too-small",
+            f"EVA looks for {top} directions in batches of {rows} rows, expected at least {top} rows. Raise --batch-size to {top} or more.",
         )
     return max(1.0, min(rho, rows / top))
 
@@ -88,4 +89,4 @@ def real_tokens(layer_input: Any, model_input: Tensor, layer_name: str) -> Tenso
     values: Tensor = layer_input if not isinstance(layer_input, tuple | list) else layer_input[0]
     if values.ndim == 2:
         return values.contiguous()
-    return values[model_input.T.unbind()]  # type: ignore[index]
+    return values[model_input.T.unbind()]

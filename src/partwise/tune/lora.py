@@ -37,7 +37,7 @@ class LoRA(Recipe):
 
         ranks = even_ranks(model, self.target_modules, plan)
         config = plain_config(ranks, scale=scale_for(self.lora_alpha, ranks), task_type=plan.task_type, lora_dropout=self.lora_dropout)
-        return get_peft_model(model, config)  # type: ignore[arg-type]
+        return get_peft_model(model, config)
 
     def ranks(self, model: PeftModel) -> dict[str, int]:
         """Rank of each module."""
