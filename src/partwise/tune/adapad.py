@@ -1,0 +1,375 @@
+"""AdaPaD: adapters by rank-one parts that train in parallel; the rank of every module is found while training."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, cast
+
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.model import LoraModel
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from partwise.checkpoint import write_json
+from partwise.checks import InputError, check_rank
+from partwise.ledger import Ledger, Part
+from partwise.tune import truncation
+from partwise.tune._controller import Controller, Slot
+from partwise.tune._prefix_linear import PrefixDown, PrefixUp
+from partwise.tune.adapad_settings import AdaPaDSettings
+
+SETTINGS_FILE = "adapad.json"
+VARIANT_FIELDS = (
+    "use_dora", "lora_bias", "use_bdlora", "target_parameters", "layer_replication",
+    "arrow_config", "alora_invocation_tokens", "trainable_token_indices", "monteclora_config", "kasa_config", "velora_config",
+)  # fmt: skip
+PLAIN_INITS = (True, "gaussian")
+
+
+@dataclass
+class AdaPaDConfig(AdaPaDSettings, LoraConfig):
+    """Configuration of an AdaPaD adapter; use it wherever peft takes a ``LoraConfig``.
+
+    You give a total budget instead of a rank. Every module starts with ``init_r`` components; capacity goes to the modules that are
+    still learning until the budget is spent. What is saved is a plain LoRA adapter with a rank per module and one scale for all.
+
+    Takes the fields of ``peft.LoraConfig`` (``r`` is the largest rank of a module, ``lora_alpha / r`` the scale of every update), those
+    of :class:`~partwise.tune.adapad_settings.AdaPaDSettings`, and the following.
+
+    Parameters
+    ----------
+    target_r : float, optional
+        Average rank to reach. Left out: 2. Excludes ``budget``.
+    budget : int, optional
+        Rank-one components over all modules together. Excludes ``target_r``.
+    total_steps : int, optional
+        Optimiser steps of the whole training, where they are known; ``AdaPaDCallback`` fills them in.
+    seed : int
+        Seed of the starting values of components.
+
+    Raises
+    ------
+    InputError
+        When settings contradict each other or cannot work with growing ranks.
+
+    Notes
+    -----
+    A worker per component is the paper's picture. Here all components of all modules train in one pass: a mask on the rank axis says
+    which prefix a sample sees and which components learn from it. Only the abstract of the paper was readable to us; what happens
+    inside a deep network is our reconstruction, and ``docs/methods/adapad.md`` lists every choice.
+
+    References
+    ----------
+    AdaPaD: rank-one adapters by parallel deflation. arXiv:2605.10741.
+    """
+
+    lora_alpha: float = 8
+    target_r: float | None = None
+    budget: int | None = None
+    total_steps: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.fill_in()
+        self._check_budget()
+        self._refuse_foreign_fields()
+        rank_stabilised = bool(cast("LoraConfig", self).use_rslora)
+        self._scale = self.lora_alpha / (math.sqrt(self.r) if rank_stabilised else self.r)
+        self.lora_alpha = self._scale * self.r
+        self.use_rslora = False
+        self._controllers: dict[str, Controller] = {}
+        self._register_custom_module(cast("Any", {nn.Module: self._make}))
+
+    def _check_budget(self) -> None:
+        if self.budget is not None and self.target_r is not None:
+            raise InputError("budget-and-target-r", f"budget={self.budget} and target_r={self.target_r} exclude each other. Pass one of them.")
+        if self.target_r is not None and not self.init_r <= self.target_r <= self.r:
+            raise InputError(
+                "target-r-out-of-range",
+                f"target_r={self.target_r} must lie between init_r={self.init_r} and r={self.r}. Change target_r, or raise r.",
+            )
+        if self.total_steps is not None and self.total_steps < 1:
+            raise InputError("setting-out-of-range", f"total_steps={self.total_steps} must be at least 1. Leave it out where it is unknown.")
+
+    def _refuse_foreign_fields(self) -> None:
+        for name in ("rank_pattern", "alpha_pattern"):
+            if getattr(self, name):
+                raise InputError("pattern-is-an-output", f"{name} was given, but ranks are what AdaPaD finds. Leave it out, or use LoraConfig.")
+        for name in VARIANT_FIELDS:
+            if getattr(self, name, None):
+                raise InputError(
+                    "lora-variant", f"{name}={getattr(self, name)!r} does not work with AdaPaD: its layers must be plain LoRA. Leave it out."
+                )
+        if self.init_lora_weights not in PLAIN_INITS:
+            raise InputError(
+                "lora-variant",
+                f"init_lora_weights={self.init_lora_weights!r} fixes all components at once, but AdaPaD adds them one by one. Leave it out.",
+            )
+
+    # ------------------------------------------------------------------ installation
+    def _make(self, target: nn.Module, adapter_name: str, *, config: LoraConfig, target_name: str = "", **kwargs: Any) -> nn.Module:
+        plain = copy.copy(self)
+        plain._custom_modules = None
+        kwargs.update(r=self.r, lora_alpha=self._scale * self.r, target_name=target_name)
+        layer = LoraModel._create_new_module(plain, adapter_name, target, **kwargs)
+        self._take_over(cast("LoraLayer", layer), adapter_name, target_name)
+        return cast("nn.Module", layer)
+
+    def _take_over(self, layer: LoraLayer, adapter_name: str, name: str) -> None:
+        down = layer.lora_A[adapter_name] if adapter_name in layer.lora_A else None  # noqa: SIM401  (a ModuleDict has no get)
+        up = layer.lora_B[adapter_name] if adapter_name in layer.lora_B else None  # noqa: SIM401
+        if type(down) is not nn.Linear or type(up) is not nn.Linear:
+            raise InputError(
+                "unsupported-module",
+                f"{name} is a {type(layer.get_base_layer()).__name__}; AdaPaD adapts linear layers only. Leave it out of target_modules.",
+            )
+        check_rank(self.r, (up.weight.shape[0], down.weight.shape[1]), name=f"r (at {name})")
+        controller = self._controllers.setdefault(adapter_name, Controller(self, self._scale))
+        if any(slot.name == name for slot in controller.slots):
+            raise InputError("config-used-twice", f"this AdaPaDConfig already drives a model ({name} is taken). Make one config object per model.")
+        down.__class__, up.__class__ = PrefixDown, PrefixUp
+        controller.add(name, cast("PrefixDown", down), cast("PrefixUp", up), layer.get_base_layer())
+
+    # ------------------------------------------------------------------ on disk
+    def to_dict(self) -> dict[str, Any]:
+        """Fields of a plain ``LoraConfig`` that describes the adapter as it stands now."""
+        everything = super().to_dict()
+        plain = {item.name: everything[item.name] for item in fields(LoraConfig) if item.name in everything}
+        for controller in self._controllers.values():
+            ranks = {slot.name: slot.rank for slot in controller.slots}
+            plain.update(truncation.pattern_fields(ranks, dict.fromkeys(ranks, self._scale)))
+        plain["lora_alpha"] = truncation._whole_number(plain["lora_alpha"])
+        return plain
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write ``adapter_config.json`` as a plain LoRA's, and this configuration's own settings to ``adapad.json`` beside it."""
+        super().save_pretrained(save_directory, **kwargs)
+        names = [item.name for item in fields(AdaPaDSettings)] + ["target_r", "budget", "total_steps", "seed"]
+        own = {name: getattr(self, name) for name in names}
+        write_json(Path(save_directory) / SETTINGS_FILE, own)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_custom_modules": None, "_controllers": {}}  # a configuration travels without its model
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._register_custom_module(cast("Any", {nn.Module: self._make}))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdaPaDConfig:
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        for item in fields(self):
+            setattr(twin, item.name, copy.deepcopy(getattr(self, item.name), memo))
+        twin._controllers = {name: copy.deepcopy(controller, memo) for name, controller in self._controllers.items()}
+        return twin
+
+
+def controller_of(model: nn.Module, adapter_name: str | None = None) -> Controller:
+    """The controller behind a model's AdaPaD adapter.
+
+    Raises
+    ------
+    InputError
+        When the model has none, or it was finalised already.
+    """
+    for module in model.modules():
+        if isinstance(module, PrefixDown) and (adapter_name is None or module.slot in _adapter_slots(model, adapter_name)):
+            return module.controller
+    raise InputError(
+        "no-adapad-adapter",
+        "this model has no growing AdaPaD adapter. Wrap it with get_peft_model(model, AdaPaDConfig(...)); on layers that already carry "
+        "another LoRA adapter call attach(model, adapter_name) after add_adapter.",
+    )
+
+
+def _adapter_slots(model: nn.Module, adapter_name: str) -> list[Slot]:
+    layers = truncation.lora_layers(model, adapter_name).values()
+    downs = [layer.lora_A[adapter_name] for layer in layers]
+    return [down.slot for down in downs if isinstance(down, PrefixDown)]
+
+
+def active_ranks(model: nn.Module, adapter_name: str | None = None) -> dict[str, int]:
+    """Active rank of each module, while it grows and after."""
+    adapter = adapter_name or truncation.active_adapter(model)
+    downs = {name: layer.lora_A[adapter] for name, layer in truncation.lora_layers(model, adapter).items()}
+    return {name: down.slot.rank if isinstance(down, PrefixDown) else int(cast("nn.Linear", down).weight.shape[0]) for name, down in downs.items()}
+
+
+def attach(model: nn.Module, adapter_name: str) -> None:
+    """Take over an adapter that peft added to layers which already carry LoRA.
+
+    ``model.add_adapter(name, AdaPaDConfig(...))`` on such a model makes plain LoRA layers; this turns them into growing ones.
+
+    Raises
+    ------
+    InputError
+        When the adapter's configuration is not an AdaPaDConfig or the adapter grows already.
+    """
+    config = cast("Any", model).peft_config.get(adapter_name)
+    if not isinstance(config, AdaPaDConfig):
+        raise InputError(
+            "no-adapad-adapter", f"adapter {adapter_name!r} was not configured with AdaPaDConfig but {type(config).__name__}. Add it with one."
+        )
+    for name, layer in truncation.lora_layers(model, adapter_name).items():
+        layer.scaling[adapter_name] = config._scale
+        config._take_over(layer, adapter_name, name)
+
+
+def step_done(model: nn.Module) -> None:
+    """Tell the adapter of an optimiser step that torch's hooks cannot see (no correction of young components then)."""
+    controller = controller_of(model)
+    controller._before = []
+    controller.after_step(cast("Any", None))
+
+
+def rank_table(model: nn.Module, adapter_name: str | None = None) -> Ledger:
+    """Module, rank, score and parameters of every component, as a ledger.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With an AdaPaD adapter, growing or finalised, or with any plain LoRA adapter (its scores are energies then).
+    """
+    adapter = adapter_name or truncation.active_adapter(model)
+    layers = truncation.lora_layers(model, adapter)
+    parts: list[Part] = []
+    energy: dict[str, list[float]] = {}
+    for name, layer in layers.items():
+        down, up = layer.lora_A[adapter], layer.lora_B[adapter]
+        if isinstance(down, PrefixDown):
+            scores = down.controller.scores()[down.slot.index].tolist()[: down.slot.rank]
+            first = down.controller.settings.init_r
+        else:
+            energy = energy or truncation.component_energy(model, adapter)
+            scores, first = energy[name], len(energy[name])
+        size = int(down.weight.shape[1] + up.weight.shape[0])
+        width = down.weight.element_size()
+        parts += [
+            Part(where=name, index=k, parameters=size, bytes=size * width, score=score, status="kept" if k < first else "grown")
+            for k, score in enumerate(scores)
+        ]
+    return Ledger(tuple(parts))
+
+
+def finalize(model: nn.Module, adapter_name: str | None = None, *, singular_order: bool = True) -> nn.Module:
+    """End growth and make the adapter an ordinary, compact peft LoRA, in place.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Model with an AdaPaD adapter. A plain LoRA adapter is accepted and only rotated.
+    singular_order : bool
+        Rotate each module to its singular components, so that trailing ones are the least useful. The function stays.
+
+    Returns
+    -------
+    nn.Module
+        The same model.
+    """
+    adapter = adapter_name or truncation.active_adapter(model)
+    layers = truncation.lora_layers(model, adapter)
+    kept = {}
+    for name, layer in layers.items():
+        down, up = layer.lora_A[adapter], layer.lora_B[adapter]
+        if isinstance(down, PrefixDown) and isinstance(up, PrefixUp):
+            down.controller.release()
+            down.unbind()
+            up.unbind()
+        kept[name] = int(down.weight.shape[0])
+    truncation.compact(model, kept, adapter)
+    if singular_order:
+        truncation.singular_order(model, adapter)
+    return model
+
+
+def truncate(model: PeftModel, *, rank: int | None = None, budget: int | None = None, adapter_name: str | None = None) -> PeftModel:
+    """A smaller adapter on the same frozen base: trailing components dropped.
+
+    Parameters
+    ----------
+    model : PeftModel
+        With an AdaPaD or plain LoRA adapter; it is left as it is.
+    rank : int, optional
+        Keep at most this many components in every module.
+    budget : int, optional
+        Keep this many over all modules, at least one in each, where they carry most energy.
+
+    Returns
+    -------
+    PeftModel
+        A plain LoRA model that shares the base weights with ``model``.
+    """
+    small = truncation.copy_sharing_base(model, adapter_name)
+    finalize(small, adapter_name)
+    truncation.compact(small, truncation.plan_cut(small, rank=rank, budget=budget, adapter_name=adapter_name), adapter_name)
+    return small
+
+
+class AdaPaDCallback(TrainerCallback):
+    """Optional helper for ``transformers.Trainer``: logs ranks, knows the number of steps, finalises at the end.
+
+    Parameters
+    ----------
+    finalize_at_end : bool
+        Make the adapter a compact plain LoRA when training ends (after the best checkpoint was loaded, where that was asked for).
+    """
+
+    def __init__(self, *, finalize_at_end: bool = True) -> None:
+        self.finalize_at_end = finalize_at_end
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
+        """Tell the configuration how many steps there will be, unless the user said so."""
+        settings = controller_of(model).settings
+        if settings.total_steps is None:
+            settings.total_steps = state.max_steps
+
+    def on_log(self, args: Any, state: Any, control: Any, *, model: nn.Module, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        """Add the number of active components to what is logged."""
+        if logs is not None and any(isinstance(module, PrefixDown) for module in model.modules()):
+            logs["adapad_components"] = controller_of(model).num_components
+
+    def on_train_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
+        """Finalise the adapter."""
+        if self.finalize_at_end:
+            finalize(model)
+
+
+def level_passes(model: nn.Module) -> Iterator[int]:
+    """Run the body once per level: ``for level in level_passes(model): loss(model(batch)).backward()``.
+
+    This is the exact schedule without repeating the batch in memory. Gradients of different levels fall on different components;
+    a task head collects all of them, so its gradient is divided by the number of levels at the end.
+    """
+    controller = controller_of(model)
+    own = {id(slot.down.weight) for slot in controller.slots} | {id(slot.up.weight) for slot in controller.slots}
+    num_levels = controller.num_levels
+    try:
+        for level in range(1, num_levels + 1):
+            controller.force_level(level)
+            yield level
+    finally:
+        controller.force_level(None)
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.grad is not None and id(parameter) not in own:
+            parameter.grad /= num_levels
+
+
+class RepeatForLevels:
+    """Wrap a data collator so that every sample appears once per level: the exact schedule under a stock ``Trainer``.
+
+    Memory grows with the number of levels. The mean loss is then ``1/K`` of the sum over levels, which Adam does not notice.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], dict[str, Tensor]], model: nn.Module) -> None:
+        self.collate, self.controller = collate, controller_of(model)
+        self.controller.repeats_levels = True
+
+    def __call__(self, rows: list[Any]) -> dict[str, Tensor]:
+        """Collate and repeat: (batch, ...) -> (batch * levels, ...)."""
+        return {name: value.repeat_interleave(self.controller.num_levels, dim=0) for name, value in self.collate(rows).items()}

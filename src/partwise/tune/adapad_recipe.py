@@ -1,0 +1,81 @@
+"""How ``partwise tune adapad`` drives AdaPaD. Light to import: the command line makes flags from this class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
+
+from partwise.tune.adapad_settings import AdaPaDSettings
+from partwise.tune.recipe import Plan, Recipe, as_target_modules
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaPaD(Recipe):
+    """Rank-one parts that train in parallel; each module's rank grows from one until a shared budget is spent.
+
+    Parameters
+    ----------
+    settings : AdaPaDSettings
+        Growth and levels.
+
+    References
+    ----------
+    AdaPaD: rank-one adapters by parallel deflation. arXiv:2605.10741.
+    """
+
+    settings: AdaPaDSettings = field(default_factory=AdaPaDSettings)
+
+    def wrap(self, model: nn.Module, plan: Plan) -> PeftModel:
+        """Install growing layers and check the budget against them."""
+        from peft import get_peft_model
+
+        from partwise.tune.adapad import AdaPaDConfig, controller_of
+
+        settings = {item.name: getattr(self.settings, item.name) for item in fields(self.settings)}
+        config = AdaPaDConfig(
+            **settings,
+            lora_alpha=2 * self.settings.r if self.lora_alpha is None else self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=as_target_modules(self.target_modules),
+            task_type=plan.task_type,
+            budget=plan.budget,
+            target_r=None if plan.budget is not None else plan.target_r,
+            total_steps=plan.num_steps,
+            seed=plan.seed,
+        )
+        adapted = get_peft_model(model, config)
+        controller_of(adapted).seal()
+        return adapted
+
+    def extra_state(self, model: PeftModel) -> dict[str, Tensor]:
+        """Ranks, scores, ages and the step, per module."""
+        from partwise.tune.adapad import controller_of
+
+        controller = controller_of(model)
+        return {slot.name: controller.slot_state(slot) for slot in controller.slots}
+
+    def load_extra_state(self, model: PeftModel, tensors: Mapping[str, Tensor]) -> None:
+        """Restore what ``extra_state`` returned."""
+        from partwise.tune.adapad import controller_of
+
+        controller = controller_of(model)
+        for slot in controller.slots:
+            controller.load_slot_state(slot, tensors[slot.name])
+
+    def finish(self, model: PeftModel) -> PeftModel:
+        """A compact plain LoRA adapter in singular order."""
+        from partwise.tune.adapad import finalize
+
+        finalize(model)
+        return model
+
+    def ranks(self, model: PeftModel) -> dict[str, int]:
+        """Active rank of each module, growing or finalised."""
+        from partwise.tune.adapad import active_ranks
+
+        return active_ranks(model)
