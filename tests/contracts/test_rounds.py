@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from matrices import matrix_with
-from tolerances import assert_close
 
+from matrices import matrix_with
 from partwise.checks import InputError
 from partwise.decompose.rank_one_rounds import ParallelRankOne, SequentialRankOne, random_pairs
 from partwise.engine.inline import inline
 from partwise.rounds import run_rounds
+from tolerances import assert_close
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,16 @@ def assert_same(actual: Any, expected: Any, *, claim: str, **override: float) ->
         assert actual == expected, claim
 
 
+def through_a_pipe(thing: Any) -> Any:
+    return pickle.loads(pickle.dumps(thing))  # noqa: S301 - what an engine with several processes does to parts and results
+
+
 SAME_BITS = {"rtol": 0.0, "atol": 0.0}
 
 
 @every_entry
 def test_the_repr_rebuilds_the_method_and_the_method_cannot_be_changed(entry: Entry) -> None:
-    assert eval(repr(entry.method), {type(entry.method).__name__: type(entry.method)}) == entry.method
+    assert eval(repr(entry.method), {type(entry.method).__name__: type(entry.method)}) == entry.method  # noqa: S307 - our own repr
     name = dataclasses.fields(entry.method)[0].name
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(entry.method, name, None)
@@ -96,8 +100,8 @@ def test_the_repr_rebuilds_the_method_and_the_method_cannot_be_changed(entry: En
 def test_method_parts_and_results_survive_a_trip_to_another_process(entry: Entry) -> None:
     state = run_rounds(entry.method, entry.start(0), num_rounds=1)
     for part in entry.method.split(state):
-        sent, method = pickle.loads(pickle.dumps(part)), pickle.loads(pickle.dumps(entry.method))
-        arrived = pickle.loads(pickle.dumps(method.work(sent)))
+        sent, method = through_a_pipe(part), through_a_pipe(entry.method)
+        arrived = through_a_pipe(method.work(sent))
         assert_same(arrived, entry.method.work(part), claim="a worker elsewhere computes the same bits", **SAME_BITS)
 
 

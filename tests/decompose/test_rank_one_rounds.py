@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
-from matrices import gaussian, matrix_with
-from tolerances import assert_close
 from torch import Tensor
 
+from matrices import gaussian, matrix_with
 from partwise.decompose.rank_one_rounds import Pairs, ParallelRankOne, SequentialRankOne, random_pairs
 from partwise.engine.inline import inline
 from partwise.linalg.bounds import cascade_bound, error_envelope, predicted_rates, theorem_rates, warm_up_rounds
@@ -17,6 +17,7 @@ from partwise.linalg.compute_schedule import compute_schedule
 from partwise.linalg.deflation import deflate, deflation_errors
 from partwise.linalg.rank_one import exact_parts, rank_one_step
 from partwise.rounds import run_rounds
+from tolerances import assert_close
 
 SPECTRUM = [1.0, 0.7, 0.55, 0.4, 0.32, 0.25, 0.2, 0.15, 0.1, 0.05]
 
@@ -92,7 +93,9 @@ def test_the_envelope_of_the_theorem_is_never_crossed_after_the_warm_up(seed: in
             sizes = torch.linalg.svdvals(deflate(target, state.published_left[:k], state.right[:k]))
             contractions[k].append(float(sizes[1] / sizes[0]) ** 2)
 
-    run_rounds(ParallelRankOne(activation="staggered"), random_pairs(target, num_components=num_components, seed=seed), num_rounds=400, progress=record)
+    run_rounds(
+        ParallelRankOne(activation="staggered"), random_pairs(target, num_components=num_components, seed=seed), num_rounds=400, progress=record
+    )
     rates = theorem_rates([max(factors) for factors in contractions])
     warm_ups = warm_up_rounds(eigenvalues, rates)
     num_checked = 0
@@ -216,8 +219,10 @@ def test_the_cascade_bound_holds_for_unfinished_steps_below_the_true_rank(seed: 
         rest = deflate(target, state.left[:k], state.right[:k])
         state = method.merge(state, inline(method, method.split(state)))
         best = exact_parts(rest, num_components=1)
-        step_errors.append(float(torch.linalg.matrix_norm(torch.outer(state.left[k], state.right[k]) - torch.outer(best.left[0], best.scaled_right[0]))))
-    assert sum(step_errors) < 0.5 * min(a - b for a, b in zip(spectrum[:5], spectrum[1:6], strict=True))  # the regime of the bound
+        step_errors.append(
+            float(torch.linalg.matrix_norm(torch.outer(state.left[k], state.right[k]) - torch.outer(best.left[0], best.scaled_right[0])))
+        )
+    assert sum(step_errors) < 0.5 * min(a - b for a, b in itertools.pairwise(spectrum[:6]))  # the regime of the bound
     residual = float(torch.linalg.matrix_norm(deflate(target, state.left, state.right)))
     assert min(step_errors) > 0
     assert residual <= cascade_bound(spectrum, step_errors)

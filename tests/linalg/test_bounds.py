@@ -1,13 +1,14 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from matrices import matrix_with
 
+from matrices import matrix_with
 from partwise.checks import InputError
 from partwise.linalg.bounds import cascade_bound, error_envelope, predicted_rates, theorem_rates, warm_up_rounds
 from partwise.linalg.deflation import deflate
@@ -26,7 +27,7 @@ def test_after_the_last_singular_value_comes_zero() -> None:
 def test_rates_of_the_theorem_follow_its_recursion() -> None:
     assert theorem_rates([0.5, 0.25, 0.9]) == pytest.approx((0.5, 0.5 + 0.5 * 0.5, 0.9))
     creeping = theorem_rates([0.1] * 200)
-    assert all(earlier < later < 1 for earlier, later in zip(creeping, creeping[1:], strict=False))
+    assert all(earlier < later < 1 for earlier, later in itertools.pairwise(creeping))
     assert creeping[-1] > 0.99  # towards 1 with k: the theorem is slower than what happens
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 
@@ -54,7 +55,7 @@ def test_each_number_is_within_one_step_of_its_formula(dealing: tuple[int, int, 
 def test_a_positive_slope_never_rises_from_first_to_last_by_more_than_rounding(dealing: tuple[int, int, int], alpha: float) -> None:
     num_components, num_steps, min_steps = dealing
     steps = compute_schedule(num_components, num_steps, min_steps=min_steps, alpha=alpha)
-    assert all(later <= earlier + 1 for earlier, later in zip(steps, steps[1:], strict=False))
+    assert all(later <= earlier + 1 for earlier, later in itertools.pairwise(steps))
 
 
 def test_one_component_gets_everything() -> None:

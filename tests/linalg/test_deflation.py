@@ -3,11 +3,11 @@ from __future__ import annotations
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from matrices import gaussian
-from tolerances import assert_close
 from torch import Tensor
 
+from matrices import gaussian
 from partwise.linalg.deflation import deflate, deflation_errors, pair_distances
+from tolerances import assert_close
 
 sizes = st.integers(1, 6)
 

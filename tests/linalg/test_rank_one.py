@@ -8,14 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from matrices import gaussian, matrix_with
-from tolerances import assert_close
 from torch import Tensor
 
+from matrices import gaussian, matrix_with
 from partwise.checks import InputError
 from partwise.linalg import rank_one_step
 from partwise.linalg.deflation import deflate
 from partwise.linalg.rank_one import SOLVERS, exact_parts, rank_one_steps, reduce_regression
+from tolerances import assert_close
 
 NUM_FEATURES, NUM_TARGETS, NUM_SAMPLES = 5, 7, 30
 

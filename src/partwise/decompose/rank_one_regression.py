@@ -79,8 +79,9 @@ class _RankOneRegression(MultiOutputMixin, RegressorMixin, BaseEstimator):
         _check_columns(targets, name="y")
         check_rank(self.n_components, (targets.shape[1], inputs.shape[1]), name="n_components")
         problem = reduce_regression(torch.tensor(inputs).T, torch.tensor(targets).T)  # columns are samples from here on
+        target_size = float(np.linalg.norm(targets))
         exact = exact_parts(problem.target, num_components=self.n_components)
-        _check_spectrum(exact, problem, num_components=self.n_components)
+        _check_spectrum(exact, problem, num_components=self.n_components, target_size=target_size)
 
         size = exact.singular_values[0]  # rounds see a target of size 1, so that no setting depends on the unit of y
         seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
@@ -361,6 +362,7 @@ class SequentialRankOneRegression(_RankOneRegression):
         return SequentialRankOne(steps=steps, solver=self.solver, lr=self.lr)
 
     def _check_settings(self) -> None:
+        check_at_least(self.n_components, 1, name="n_components")
         check_choice(self.schedule, SCHEDULES, name="schedule")
         if not self.alpha > 0:
             raise InputError(
@@ -392,14 +394,14 @@ def _check_columns(values: NDArray[Any], *, name: str) -> None:
         )
 
 
-def _check_spectrum(exact: ExactParts, problem: ReducedRegression, *, num_components: int) -> None:
+def _check_spectrum(exact: ExactParts, problem: ReducedRegression, *, num_components: int, target_size: float) -> None:
     sizes = exact.singular_values  # (min(targets, rank),)
-    rank = numerical_rank(sizes, problem.target.shape)
+    rank = numerical_rank(sizes, (*problem.target.shape, len(problem.basis)), scale=target_size)
     if num_components > rank:
         raise InputError(
             "above-numerical-rank",
             f"n_components={num_components} is above the numerical rank {rank} of what X (rank {problem.rank}) can explain of y. "
-            f"Pass n_components={max(rank, 1)} or less" + (", or other targets: X explains nothing of these." if rank == 0 else "."),
+            + (f"Pass n_components={rank} or less." if rank else "Pass other targets: X explains nothing of these."),
         )
     gaps = sizes[:num_components] - torch.nn.functional.pad(sizes, (0, 1))[1 : num_components + 1]  # (components,)
     smallest = max(SMALLEST_GAP, 8 * torch.finfo(sizes.dtype).eps) * sizes[0]

@@ -7,6 +7,7 @@ samples, as in the papers). Only the part of ``Y`` inside the row space of ``X``
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,11 +44,15 @@ class ReducedRegression:
         return self.basis.shape[1]
 
 
-def numerical_rank(singular_values: Tensor, shape: tuple[int, ...] | torch.Size) -> int:
-    """Number of singular values above ``eps * max(shape) * largest``, the usual line below which they are rounding."""
+def numerical_rank(singular_values: Tensor, shape: Sequence[int], *, scale: float | None = None) -> int:
+    """Number of singular values above ``eps * max(shape) * scale``, the usual line below which they are rounding.
+
+    ``scale`` is the size of the numbers that the matrix was computed from; by default that is the largest singular value.
+    """
     if not len(singular_values):
         return 0
-    return int((singular_values > torch.finfo(singular_values.dtype).eps * max(shape) * singular_values[0]).sum())
+    line = torch.finfo(singular_values.dtype).eps * max(shape) * (float(singular_values[0]) if scale is None else scale)
+    return int((singular_values > line).sum())
 
 
 def reduce_regression(inputs: Tensor, targets: Tensor) -> ReducedRegression:
