@@ -1,4 +1,4 @@
-"""The built-in example task: which package of Python's standard library does this docstring come from?
+"""The built-in example task: tell from a docstring which package of Python's standard library it belongs to.
 
 It needs no network and no file of ours: every Python installation carries the material. The sources are read by ``ast``; no module is imported.
 """
@@ -38,7 +38,7 @@ PACKAGES = (
     "urllib",
     "xml",
 )
-"""The twenty classes: the packages with the most docstrings among those that every build of Python ships and no recent version drops (so no tkinter, idlelib, distutils)."""
+"""The twenty classes: packages with many docstrings that every build of Python ships and no recent version drops (so no tkinter, idlelib, distutils)."""
 
 MASK = "___"
 MIN_WORDS = 5
