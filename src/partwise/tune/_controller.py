@@ -10,7 +10,7 @@ import logging
 import math
 import weakref
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -53,6 +53,13 @@ class Slot:
         return int(self.down.weight.shape[1] + self.up.weight.shape[0])
 
 
+class StageDriver(Protocol):
+    """Whoever trains one component after the other."""
+
+    def after_step(self, controller: Controller) -> None:
+        """Called after every optimiser step, which is counted already."""
+
+
 @dataclass(eq=False)
 class Controller:
     """Ranks, levels and growth of one adapter."""
@@ -62,7 +69,7 @@ class Controller:
     slots: list[Slot] = field(default_factory=list)
     step: int = 0
     forced_level: int | None = None  # every sample at this level: exact passes, and stages of one-rank-at-a-time
-    single_stage: bool = False
+    stages: StageDriver | None = None  # one-rank-at-a-time: decides after each step whether the next component begins
     repeats_levels: bool = False  # the collator repeats each sample once per level
 
     def __post_init__(self) -> None:
@@ -202,6 +209,29 @@ class Controller:
     def growth_is_over(self) -> bool:
         return self.num_components >= self.budget
 
+    @property
+    def trains_in_stages(self) -> bool:
+        return self.stages is not None
+
+    def begin_stage(self, component: int) -> None:
+        """Freeze the components before ``component`` (from 0), train that one on what they leave over."""
+        for slot in self.slots:
+            with torch.no_grad():
+                slot.frozen = (slot.down.weight[:component].clone(), slot.up.weight[:, :component].clone())
+            slot.rank, slot.births[component] = component + 1, self.step
+        self.force_level(component + 1)
+
+    def drop_component(self, component: int) -> None:
+        """Forget component ``component`` (from 0) and all after it, but never the first; then freeze what remains."""
+        for slot in self.slots:
+            slot.rank = min(slot.rank, max(1, component))
+        self.freeze()
+
+    def freeze(self) -> None:
+        """Keep every active component as it is, whatever optimisers do."""
+        for slot in self.slots:
+            slot.frozen = (slot.down.weight.detach()[: slot.rank].clone(), slot.up.weight.detach()[:, : slot.rank].clone())
+
     # ------------------------------------------------------------------ phases and levels
     def force_level(self, level: int | None) -> None:
         """Put every sample at one level, or go back to the schedule."""
@@ -249,7 +279,7 @@ class Controller:
         return bool(self.settings.advance_learning) and slot.rank < self.settings.r and not self.growth_is_over and self.forced_level is None
 
     def _make_masks(self, slot: Slot, device: torch.device) -> Masks:
-        weight = 0.0 if self.single_stage else self.rules.successor_weight
+        weight = 0.0 if self.trains_in_stages else self.rules.successor_weight
         return make_masks(self._levels(), rank=slot.rank, private=self._private(slot), successor_weight=weight, device=device)
 
     def _levels(self) -> Tensor:
@@ -282,7 +312,7 @@ class Controller:
         """Read the gradients that the optimiser is about to use, and remember young components."""
         self.seal()
         self._forwards = 0
-        scoring = not self.growth_is_over and not self.single_stage
+        scoring = not self.growth_is_over and not self.trains_in_stages
         if scoring and _growth.scoring_matters(self.step + 1, interval=self.pace.interval, warmup=self.pace.warmup):
             self._score()
         self._before = []
@@ -291,8 +321,8 @@ class Controller:
             limit = _growth.young_for(betas, warmup=self._component_warmup)
             width = slot.rank + self._private(slot)
             young = [k for k in range(width) if slot.births[k] > 0 and self.step - slot.births[k] < limit]
-            if young and not self.single_stage:
-                first = young[0]
+            if young:
+                first = young[-1] if self.trains_in_stages else young[0]
                 down, up = slot.down.weight.detach(), slot.up.weight.detach()
                 self._before.append((slot, first, down[first:width].clone(), up[:, first:width].clone()))
 
@@ -310,11 +340,13 @@ class Controller:
         self.step += 1
         self._mask_cache.clear()
         if (
-            not self.single_stage
+            not self.trains_in_stages
             and not self.growth_is_over
             and _growth.is_growth_step(self.step, interval=self.pace.interval, warmup=self.pace.warmup)
         ):
             self.grow()
+        if self.stages is not None:
+            self.stages.after_step(self)
         if self.rules.joint_start > 0 and not self._rotated and before == "joint" and self.phase() != "joint":
             self._rotated = True
             self.rotate(optimiser)
