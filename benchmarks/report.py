@@ -1,4 +1,4 @@
-"""Rows -> tables: writes ``docs/claims.md`` and the marked blocks of README.md and docs/*.md. Run it with ``make docs``.
+"""Rows -> tables: writes ``docs/claims.md``, ``docs/cli.md`` and the marked blocks of README.md and docs/*.md. Run it with ``make docs``.
 
 Marked blocks are rewritten in place::
 
@@ -23,6 +23,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import commandline
 import partwise
 from rows import RESULTS, ROOT, Row, latest, read
 
@@ -134,9 +135,7 @@ def all_methods() -> list[MethodEntry]:
     """Every entry of every room's METHODS, in order."""
     entries = []
     for room in partwise.ROOMS:
-        if not (ROOT / "src" / "partwise" / room / "__init__.py").exists():
-            continue
-        for name, target in getattr(importlib.import_module(f"partwise.{room}"), "METHODS", {}).items():
+        for name, target in importlib.import_module(f"partwise.{room}").METHODS.items():
             module, _, class_name = target.partition(":")
             text = inspect.getdoc(getattr(importlib.import_module(module), class_name)) or ""
             entries.append(MethodEntry(name, room, class_name, first_sentence(text), paper_link(text)))
@@ -191,7 +190,9 @@ def generated_pages(root: Path = ROOT) -> dict[Path, str]:
     results = {name: read(name) for name in result_names()}
     every = [row for rows in results.values() for row in latest(rows)]
     entries = all_methods()
-    pages = {root / "docs" / "claims.md": claims_page(results)}
+    command_page = root / "docs" / "cli.md"
+    existing = command_page.read_text() if command_page.exists() else ""
+    pages = {root / "docs" / "claims.md": claims_page(results), command_page: commandline.page(existing)}
     for page in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
         relative = os.path.relpath(root / "docs", page.parent)
         to_docs = "" if relative == "." else f"{relative}/"

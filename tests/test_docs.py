@@ -22,6 +22,8 @@ from pathlib import Path
 
 import pytest
 
+from _pytest.mark import ParameterSet
+
 import report
 
 ROOT = Path(__file__).parents[1]
@@ -77,7 +79,13 @@ def test_a_block_is_found_with_its_line_and_indentation(tmp_path: Path):
     assert (bash.code, bash.runs, shown.runs) == ("true\n", True, False)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if any(block.language == "python" and block.runs for block in BLOCKS[page])], ids=short)
+def pages_with_python() -> list[ParameterSet]:
+    """Pages to run; those that load peft, and so probably train something, are slow."""
+    python = {page: "".join(block.code for block in blocks if block.language == "python" and block.runs) for page, blocks in BLOCKS.items()}
+    return [pytest.param(page, marks=pytest.mark.slow if "peft" in code else (), id=short(page)) for page, code in python.items() if code]
+
+
+@pytest.mark.parametrize("page", pages_with_python())
 def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "__page__"}

@@ -24,8 +24,6 @@ SECTIONS = (
 
 
 def load_room(room: str) -> ModuleType:
-    if not (SOURCE / room / "__init__.py").exists():
-        pytest.skip(f"room {room} is announced and has no files yet")
     return importlib.import_module(f"partwise.{room}")
 
 
@@ -141,7 +139,7 @@ def test_every_method_has_a_page_with_the_five_things_a_page_says(room: str):
 
 
 def test_every_page_of_a_method_belongs_to_a_method():
-    methods = {name for room in ROOMS if (SOURCE / room / "__init__.py").exists() for name in importlib.import_module(f"partwise.{room}").METHODS}
+    methods = {name for room in ROOMS for name in importlib.import_module(f"partwise.{room}").METHODS}
     pages = {page.stem for page in (ROOT / "docs" / "methods").glob("*.md")}
     assert pages <= methods
 
