@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from decompose_rank_one_rates import envelope_use
 from matrices import gaussian, matrix_with
 from partwise.decompose.rank_one_rounds import Pairs, ParallelRankOne, SequentialRankOne, random_pairs
 from partwise.engine.inline import inline
-from partwise.linalg.bounds import cascade_bound, error_envelope, predicted_rates, theorem_rates, warm_up_rounds
+from partwise.linalg.bounds import cascade_bound, predicted_rates
 from partwise.linalg.compute_schedule import compute_schedule
 from partwise.linalg.deflation import deflate, deflation_errors
 from partwise.linalg.rank_one import exact_parts, rank_one_step
@@ -64,48 +65,30 @@ def test_the_rounds_agree_with_the_plain_loop(activation: str) -> None:
             assert_close(torch.outer(last.left[k], last.right[k]), torch.outer(left[k], right[k]), claim=f"component {k + 1}, round {num_rounds}")
 
 
+RATES_BY_HAND = [
+    ([1.0, 0.6, 0.5, 0.3, 0.25, 0.1], [0.36, 0.25 / 0.36, 0.25 / 0.36, 0.0625 / 0.09]),  # each component is as slow as the slowest up to it
+    ([1.0, 0.9, 0.6, 0.45, 0.3, 0.1], [0.81, 0.81, 0.5625, 0.5625]),  # a slow first pair does not slow the third
+]
+
+
 @pytest.mark.parametrize("num_local_steps", [1, 2])
-def test_errors_shrink_per_round_at_the_predicted_rates(num_local_steps: int) -> None:
-    spectrum = [1.0, 0.6, 0.5, 0.3, 0.25, 0.1, 0.05]
+@pytest.mark.parametrize(("spectrum", "by_hand"), RATES_BY_HAND)
+def test_errors_shrink_per_round_at_the_predicted_rates(spectrum: list[float], by_hand: list[float], num_local_steps: int) -> None:
     target = matrix_with(spectrum, rows=10, columns=8)
     predicted = predicted_rates(spectrum, num_components=4, num_local_steps=num_local_steps)
-    history = error_history(ParallelRankOne(num_local_steps=num_local_steps), target, num_components=4, num_rounds=60)
+    assert predicted == pytest.approx([rate**num_local_steps for rate in by_hand])
+    history = error_history(ParallelRankOne(num_local_steps=num_local_steps), target, num_components=4, num_rounds=150)
     for k in range(4):
-        settled = (history[:, k] < 1e-6) & (history[:, k] > 1e-11)  # past the start, above rounding
-        first, last = int(settled.nonzero()[0]), int(settled.nonzero()[-1])
+        first, last = (int((history[:, k] < level).nonzero()[0]) for level in (1e-8, 1e-12))  # past the start, above rounding
         measured = float(history[last, k] / history[first, k]) ** (1 / (last - first))
         assert measured == pytest.approx(predicted[k], rel=0.01)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_the_envelope_of_the_theorem_is_never_crossed_after_the_warm_up(seed: int) -> None:
-    num_components, eigenvalues = 4, [1.0, 0.6, 0.3, 0.15, 0.05, 0.02]
-    half = matrix_with([value**0.5 for value in eigenvalues], rows=6, columns=9, seed=seed)
-    target = half @ half.T  # the case of principal components: Y = X X^T, fitted from the identity
-    vectors = exact_parts(target, num_components=num_components).right
-    errors: list[Tensor] = []  # distance of unit vectors, sign aligned
-    contractions: list[list[float]] = [[] for _ in range(num_components)]
-
-    def record(round_number: int, state: Pairs) -> None:
-        units = torch.nn.functional.normalize(state.right, dim=1)
-        errors.append((units * (units * vectors).sum(dim=1, keepdim=True).sign() - vectors).norm(dim=1))
-        for k in range(min(round_number + 1, num_components)):  # targets that component k + 1 meets in the next round
-            sizes = torch.linalg.svdvals(deflate(target, state.published_left[:k], state.right[:k]))
-            contractions[k].append(float(sizes[1] / sizes[0]) ** 2)
-
-    run_rounds(
-        ParallelRankOne(activation="staggered"), random_pairs(target, num_components=num_components, seed=seed), num_rounds=400, progress=record
-    )
-    rates = theorem_rates([max(factors) for factors in contractions])
-    warm_ups = warm_up_rounds(eigenvalues, rates)
-    num_checked = 0
-    for k in range(num_components):
-        for round_number in range(1, len(errors) + 1):
-            if round_number >= warm_ups[k] - 1:
-                bound = error_envelope(round_number, warm_up=warm_ups[k], rate=rates[k])
-                assert float(errors[round_number - 1][k]) <= bound + 1e-14
-                num_checked += bound < 1  # a bound above 1 checks nothing
-    assert num_checked > 100
+    largest_use, seen, promised = envelope_use(seed, num_rounds=300)
+    assert 0 < largest_use <= 1
+    assert seen < promised
 
 
 def test_exact_workers_are_done_after_one_round_per_component() -> None:

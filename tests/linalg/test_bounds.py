@@ -14,9 +14,10 @@ from partwise.linalg.bounds import cascade_bound, error_envelope, predicted_rate
 from partwise.linalg.deflation import deflate
 
 
-def test_a_component_is_predicted_to_be_as_slow_as_the_slowest_up_to_it() -> None:
-    assert predicted_rates([4.0, 2.0, 1.8, 0.9], num_components=3) == pytest.approx((0.25, 0.81, 0.81))
-    assert predicted_rates([4.0, 2.0, 1.8, 0.9], num_components=3, num_local_steps=3) == pytest.approx((0.25**3, 0.81**3, 0.81**3))
+def test_a_component_is_predicted_to_be_as_slow_as_itself_or_the_one_in_front() -> None:
+    spectrum = [4.0, 3.6, 1.8, 1.08, 0.9]  # ratios 0.9, 0.5, 0.6, ...
+    assert predicted_rates(spectrum, num_components=3) == pytest.approx((0.81, 0.81, 0.36))
+    assert predicted_rates(spectrum, num_components=3, num_local_steps=3) == pytest.approx((0.81**3, 0.81**3, 0.36**3))
 
 
 def test_after_the_last_singular_value_comes_zero() -> None:

@@ -13,8 +13,10 @@ __all__ = ["cascade_bound", "error_envelope", "predicted_rates", "theorem_rates"
 def predicted_rates(singular_values: Sequence[float], *, num_components: int, num_local_steps: int = 1) -> tuple[float, ...]:
     """Factor by which the error of each component shrinks per round of parallel deflation with the ``power`` solver, once it has settled.
 
-    A component is as slow as the slowest one up to it: ``max_{j <= k} (sigma_{j+1} / sigma_j)^(2 * num_local_steps)``. This describes what is seen;
-    it is not a bound.
+    With ``rho_k = (sigma_{k+1} / sigma_k)^2`` it is ``max(rho_{k-1}, rho_k)^num_local_steps``. Component k corrects itself at its own rate; what it
+    inherits from component j in front is j's error along component k, which shrinks by ``(sigma_k / sigma_j)^2``, slowest for ``j = k - 1``. Errors
+    further in front stay among themselves to first order, so the slowest rate so far, ``max_{j <= k} rho_j``, is an upper bound and often not
+    reached. All this describes what is seen after a start-up that is long when two rates nearly tie; it is not a bound with constants.
 
     Parameters
     ----------
@@ -42,8 +44,8 @@ def predicted_rates(singular_values: Sequence[float], *, num_components: int, nu
             f"num_components={num_components} is more than the {num_positive} singular values above 0. Pass num_components={num_positive} or less.",
         )
     values = [*map(float, singular_values), 0.0]
-    ratios = [values[k + 1] / values[k] for k in range(num_components)]
-    return tuple(max(ratios[: k + 1]) ** (2 * num_local_steps) for k in range(num_components))
+    rates = [(values[k + 1] / values[k]) ** (2 * num_local_steps) for k in range(num_components)]
+    return tuple(max(rates[max(k - 1, 0) : k + 1]) for k in range(num_components))
 
 
 def theorem_rates(contractions: Sequence[float]) -> tuple[float, ...]:
