@@ -51,7 +51,7 @@ def load_model(model: str | None, *, task: Task, num_labels: int, seed: int = 0)
     MissingExtra
         When ``model`` is None and the package that carries it is not installed, or transformers is not.
     InputError
-        ``model-not-found``, ``model-incomplete``, ``pickled-weights``, ``model-unavailable``, ``damaged-weights``, ``weights-do-not-match``,
+        ``model-not-found``, ``model-incomplete``, ``pickle-refused``, ``model-unavailable``, ``damaged-weights``, ``weights-do-not-match``,
         ``task-not-supported``, ``no-pad-token`` or ``no-linear-layers``.
     """
     transformers = load_extra("transformers", extra="hf")
@@ -129,7 +129,7 @@ def check_has_linear_layers(model: nn.Module) -> None:
 
 def _pickled(source: str, names: str) -> InputError:
     return InputError(
-        "pickled-weights",
+        "pickle-refused",
         f"{source} has pickled weights only ({names}); loading a pickle can run any code, so it is refused. Take a version with *.safetensors, or, if you "
         "trust it, load it with transformers elsewhere and save it with save_pretrained.",
     )

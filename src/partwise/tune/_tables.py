@@ -64,7 +64,7 @@ def read_tables(data: str) -> tuple[Table, Table | None]:
     Raises
     ------
     InputError
-        ``data-not-found``, ``unreadable-file``, ``unknown-format``, ``wrong-encoding``, ``broken-file``, ``no-rows``, ``several-files`` or
+        ``data-not-found``, ``file-unreadable``, ``unknown-format``, ``wrong-encoding``, ``broken-file``, ``no-rows``, ``several-files`` or
         ``data-set-unavailable``.
     """
     path = Path(data).expanduser()
@@ -102,7 +102,7 @@ def _mode(path: Path) -> int:
     except (FileNotFoundError, NotADirectoryError):
         return 0
     except OSError as error:
-        raise InputError("unreadable-file", f"cannot look at {path}: {error.strerror}. Check the path and the permissions of its folders.") from error
+        raise InputError("file-unreadable", f"cannot look at {path}: {error.strerror}. Check the path and the permissions of its folders.") from error
 
 
 def _format(path: Path) -> str:
@@ -116,7 +116,7 @@ def _content(path: Path) -> bytes:
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise _broken(path, f"it cannot be unpacked ({error})") from error
     except OSError as error:
-        raise InputError("unreadable-file", f"cannot read {path}: {error.strerror}. Check its permissions.") from error
+        raise InputError("file-unreadable", f"cannot read {path}: {error.strerror}. Check its permissions.") from error
 
 
 def _broken(path: Path, why: str) -> InputError:
@@ -232,7 +232,7 @@ def _file_of(folder: Path, split: str) -> Path | None:
     try:
         found = sorted(path for path in folder.iterdir() if path.name.lower().removesuffix(".gz") in {split + suffix for suffix in SUFFIXES})
     except OSError as error:
-        raise InputError("unreadable-file", f"cannot list {folder}: {error.strerror}. Check its permissions.") from error
+        raise InputError("file-unreadable", f"cannot list {folder}: {error.strerror}. Check its permissions.") from error
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
         raise InputError("several-files", f"{folder} has several files for {split}: {names}. Keep one, or pass a single file with --data.")

@@ -56,8 +56,8 @@ def demo_examples(seed: int = 0, *, library: Path | None = None) -> TaskData:
     """Docstrings of the standard library with the package each comes from.
 
     The names of all twenty packages are masked in every text, so that no text gives its class away. Docstrings that occur twice are left out,
-    as are those of fewer than five words; long ones are cut
-    after a word, to at most 140 characters, which keeps a training step on a CPU short. No class has more than 200 rows.
+    as are those of fewer than five words; long ones are cut after a word, to at most 140 characters, which keeps a training step on a CPU short. No class
+    has more than 200 rows.
 
     Parameters
     ----------
