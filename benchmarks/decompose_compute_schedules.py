@@ -138,7 +138,8 @@ def measure_cascade() -> None:
         paper="at most 1 (arXiv:2505.22602, Theorem 1)",
         expected="at most 1 on every seed",
         held=max(values) <= 1,
-        note="10 by 10, spectrum 0.5^k, the first 4 components, 14 steps each to stay in the theorem's regime. The bound grows by a factor of 2 + 6 sigma / gap per component, so it is a check only.",
+        note="10 by 10, spectrum 0.5^k, the first 4 components, 14 steps each to stay in the theorem's regime. "
+        "The bound grows by a factor of 2 + 6 sigma / gap per component, so it is a check only.",
     )
 
 
