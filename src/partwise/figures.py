@@ -111,10 +111,10 @@ def rank_map(ranks: Mapping[str, int]) -> str:
     kinds = list(dict.fromkeys(kind for _, kind in places.values()))
     layers: list[int | None] = [*sorted({layer for layer, _ in places.values() if layer is not None})]
     layers += [None] if any(layer is None for layer, _ in places.values()) else []
-    gutter, top, cell_height = _text_width(kinds), 22.0, 27.0
+    gutter, top, cell_height = _text_width([_short(kind) for kind in kinds]), 22.0, 27.0
     cell = min(90.0, (WIDTH - gutter - 46) / len(layers))
     height = top + cell_height * len(kinds) + 34
-    canvas = _Canvas(gutter + cell * len(layers) + 46, height)
+    canvas = _Canvas(gutter + max(cell * len(layers) + 46, 250), height)  # the scale needs 250
     most = max(1, *ranks.values())
     every = math.ceil(20 / cell)
     for column, layer in enumerate(layers):
@@ -124,7 +124,7 @@ def rank_map(ranks: Mapping[str, int]) -> str:
     canvas.text(gutter + cell * len(layers) + 40, top - 10, "sum", size=9, colour=MUTED, anchor="right")
     for row, kind in enumerate(kinds):
         middle = top + cell_height * (row + 0.5)
-        canvas.text(gutter - 8, middle, kind, anchor="right")
+        canvas.text(gutter - 8, middle, _short(kind), anchor="right")
         canvas.text(gutter + cell * len(layers) + 40, middle, str(sum(ranks[name] for name in ranks if places[name][1] == kind)), anchor="right")
     for name, rank in ranks.items():
         layer, kind = places[name]
@@ -150,7 +150,7 @@ def growth(history: Sequence[tuple[int, Mapping[str, int]]], *, num_steps: int) 
     """
     names = list(history[-1][1])
     groups = _stacked_groups(history[-1][1])
-    rows = _timeline_rows(names)
+    rows = _label_rows(names, most=80)
     row_height = 11.0 if len(rows) <= 50 else 8.0
     upper, lower = 190.0, row_height * len(rows) + 20
     figure = _figure(WIDTH, upper + lower + 90)
@@ -160,7 +160,7 @@ def growth(history: Sequence[tuple[int, Mapping[str, int]]], *, num_steps: int) 
     for colour, (kind, group) in zip(AREAS, groups.items(), strict=False):
         heights = [sum(ranks.get(name, 0) for name in group) for _, ranks in history]
         tops = [low + high for low, high in zip(bottom, heights, strict=True)]
-        above.stairs(tops, edges, baseline=bottom, fill=True, facecolor=colour, alpha=0.85, edgecolor=PAPER, linewidth=0.5, label=kind)
+        above.stairs(tops, edges, baseline=bottom, fill=True, facecolor=colour, alpha=0.85, edgecolor=PAPER, linewidth=0.5, label=_short(kind))
         bottom = tops
     above.set(title="components in the model, by kind of module", ylim=(0, max(bottom) * 1.08 or 1), xlim=(edges[0], edges[-1]))
     _legend_above(above, columns=4)
@@ -168,7 +168,7 @@ def growth(history: Sequence[tuple[int, Mapping[str, int]]], *, num_steps: int) 
     patches = load_extra("matplotlib.patches", extra="report")
     for row, group in enumerate(rows.values()):
         for start, stop, rank in _runs([(step, sum(ranks.get(name, 0) for name in group)) for step, ranks in history], edges[-1]):
-            below.add_patch(patches.Rectangle((start, row + 0.1), stop - start, 0.8, facecolor=_shade(rank / most), linewidth=0))
+            below.add_patch(patches.Rectangle((start, row + 0.1), stop - start, 0.8, facecolor=_shade(rank / most), linewidth=0, clip_on=False))
     below.set(title="rank over time: the stronger the colour, the higher", xlabel="step", ylim=(len(rows), 0))
     below.set_yticks([row + 0.5 for row in range(len(rows))], list(rows), fontsize=8 if row_height > 10 else 6.5)
     below.tick_params(axis="y", length=0)
@@ -273,20 +273,21 @@ def sizes(curve: Sequence[Point], *, metric_name: str) -> str:
 
 @_styled
 def part_map(ledger: Ledger) -> str:
-    """Every part as a square beside its module's name: colour tells what happened to it, shade what it is worth.
+    """Every part as a square beside the name of its module (of its layer, in huge models): colour tells what happened to it, shade what it is worth.
 
     Parameters
     ----------
     ledger : Ledger
         At least one part.
     """
+    label_of = {
+        name: label for label, names in _label_rows(list(dict.fromkeys(part.where for part in ledger.parts)), most=320).items() for name in names
+    }
     groups: dict[str, list[tuple[Status, float | None]]] = {}
     for part in ledger.parts:
-        groups.setdefault(part.where, []).append((part.status, part.score))
-    places = locate_all(groups)
-    labels = [f"{'' if layer is None else layer} {kind}".strip() for layer, kind in places.values()]
+        groups.setdefault(label_of[part.where], []).append((part.status, part.score))
     most_parts = max(map(len, groups.values()))
-    gutter, row_height, step = _text_width(labels, size=9), 15.0, 12.0
+    gutter, row_height, step = _text_width(list(groups), size=9), 15.0, 12.0
     columns = max(1, min(int(WIDTH // (gutter + most_parts * step + 20)), math.ceil(len(groups) / 8)))
     rows = math.ceil(len(groups) / columns)
     pitch = max(WIDTH / columns, gutter + step)
@@ -294,7 +295,7 @@ def part_map(ledger: Ledger) -> str:
     canvas = _Canvas(WIDTH, rows * row_height + 34)
     best = max((abs(score) for parts in groups.values() for _, score in parts if score is not None), default=0.0)
     squares: dict[tuple[Status, int], list[tuple[float, float]]] = {}
-    for number, (label, parts) in enumerate(zip(labels, groups.values(), strict=True)):
+    for number, (label, parts) in enumerate(groups.items()):
         left, middle = pitch * (number // rows) + gutter, row_height * (number % rows + 0.5)
         canvas.text(left - 6, middle, label, size=9, anchor="right")
         for index, (status, score) in enumerate(parts):
@@ -327,7 +328,7 @@ class _Canvas:
     def box(self, x: float, y: float, width: float, height: float, *, share: float, tip: str = "") -> None:
         patches = load_extra("matplotlib.patches", extra="report")
         empty = {"facecolor": "none", "edgecolor": GRID, "linewidth": 1.0}
-        patch = patches.Rectangle((x, y), width, height, **({"facecolor": _shade(share), "linewidth": 0} if share else empty))
+        patch = patches.Rectangle((x, y), width, height, clip_on=False, **({"facecolor": _shade(share), "linewidth": 0} if share else empty))
         if tip:
             patch.set_gid(f"tip-{len(self._tips)}")
             self._tips.append(tip)
@@ -344,7 +345,7 @@ class _Canvas:
             codes += [1, 2, 2, 2, 79]  # move, three lines, close
         colour = STATUS_COLOURS[status]
         looks = {"facecolor": _shade(share, colour), "linewidth": 0} if not inset else {"facecolor": "none", "edgecolor": colour, "linewidth": 1.0}
-        self._axis.add_patch(patches.PathPatch(paths.Path(vertices, codes), **looks))
+        self._axis.add_patch(patches.PathPatch(paths.Path(vertices, codes), clip_on=False, **looks))
 
     def scale(self, x: float, y: float, most: int, *, label: str) -> _Canvas:
         """A legend for shades from 0 to ``most``."""
@@ -367,7 +368,7 @@ def _figure(width: float, height: float, *, layout: str | None = "constrained") 
 
 def _shade(share: float, colour: str = BLUE) -> tuple[str, float]:
     """A colour whose weight on any paper grows with ``share`` in [0, 1]; 0 stays invisible."""
-    return colour, 0.12 + 0.88 * min(share, 1.0) if share else 0.0
+    return colour, round(0.12 + 0.88 * min(share, 1.0), 2) if share else 0.0
 
 
 def _to_svg(figure: Any, label: str, *, tips: Sequence[str] = ()) -> str:
@@ -385,7 +386,7 @@ def _to_svg(figure: Any, label: str, *, tips: Sequence[str] = ()) -> str:
     svg = re.sub(r' transform="rotate\(-?0(?:\.0*)? [^"]*"', "", svg)
     svg = re.sub(r"font(-family: [^;\"]*|: (?P<size>[\d.]+px) [^;\"]*)", lambda match: f"font-size: {match['size']}" if match["size"] else "", svg)
     svg = re.sub(r"\s*\n\s*", " ", svg)
-    svg = re.sub(r"M (\S+) (\S+) L (\S+) \2 L \3 (\S+) L \1 \4 z", r"M\1 \2H\3V\4H\1z", svg)  # rectangles
+    svg = re.sub(r"M (\S+) (\S+) L (\S+) \2 L \3 (\S+) L \1 \4 z", _rectangle, svg)
     svg = re.sub(r"(?<=>) (?=<)| (?=/>)|(?<=\") (?=\")", "", svg).replace('style="; ', 'style="').replace("; ;", ";")
     svg = svg.replace("<defs></defs>", "").replace("xlink:href", "href")
     for stand_in, colour in PAGE_COLOURS.items():
@@ -406,15 +407,25 @@ def _stacked_groups(ranks: Mapping[str, int]) -> dict[str, list[str]]:
     return {kind: groups[kind] for kind in large} | {"others": [name for kind in small for name in groups[kind]]}
 
 
-def _timeline_rows(names: Sequence[str]) -> dict[str, list[str]]:
-    """Rows of the timeline: a module each, or a layer each where the modules would be too many to read."""
-    places = locate_all(names)
+def _rectangle(corners: re.Match[str]) -> str:
+    """A rectangle as the shortest path: large ledgers have thousands."""
+    left, top, right, bottom = map(float, corners.groups())
+    return f"M{left:.1f} {top:.1f}h{right - left:.1f}v{bottom - top:.1f}h{left - right:.1f}z".replace(".0", "")
+
+
+def _label_rows(names: Sequence[str], *, most: int) -> dict[str, list[str]]:
+    """Module names by the label of their row: a module each, or a layer each where there are more than ``most`` modules."""
     rows: dict[str, list[str]] = {}
-    for name, (layer, kind) in places.items():
+    for name, (layer, kind) in locate_all(names).items():
         prefix = "" if layer is None else f"{layer} "
-        label = f"{prefix}{kind}" if len(names) <= 80 else f"layer {layer}" if layer is not None else kind
+        label = f"layer {layer}" if len(names) > most and layer is not None else f"{prefix}{_short(kind)}"
         rows.setdefault(label, []).append(name)
     return rows
+
+
+def _short(kind: str) -> str:
+    """The end of a long kind, which tells more than its beginning."""
+    return kind if len(kind) <= 40 else f"...{kind[-37:]}"
 
 
 def _runs(values: Sequence[tuple[int, int]], stop: int) -> list[tuple[int, int, int]]:

@@ -57,7 +57,7 @@ def format_seconds(seconds: float) -> str:
     >>> format_seconds(7.25), format_seconds(192), format_seconds(7384)
     ('7.2 s', '3 min 12 s', '2 h 3 min')
     """
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
@@ -222,8 +222,9 @@ def _total_of(ledger: Ledger, members: Sequence[tuple[str, ModuleTotal]]) -> Mod
 
 
 def _cells(module: ModuleTotal, *, brief: bool = False) -> list[str]:
-    """Rank, score, parameters, bytes and status as texts."""
-    statuses = ", ".join(f"{count} {status}" for status, count in module.statuses.items())
+    """Rank, score, parameters, bytes and status as texts; brief ones break well in a narrow terminal."""
+    counts = module.statuses.items()
+    statuses = " ".join(f"{status}:{count}" for status, count in counts) if brief else ", ".join(f"{count} {status}" for status, count in counts)
     score = "-" if module.score is None else f"{module.score:#.4g}".rstrip(".")
     size = format_bytes(module.bytes) if brief else f"{module.bytes:,}"
     return [str(module.rank), score, f"{module.parameters:,}", size, statuses or "-"]
