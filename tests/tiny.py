@@ -18,7 +18,29 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-WORDS = ("the", "a", "film", "book", "is", "was", "good", "bad", "very", "not", "one", "two", "three", "four", "five", "six", "red", "green", "blue", "yes", "no")
+WORDS = (
+    "the",
+    "a",
+    "film",
+    "book",
+    "is",
+    "was",
+    "good",
+    "bad",
+    "very",
+    "not",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "red",
+    "green",
+    "blue",
+    "yes",
+    "no",
+)
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 32}
 

@@ -84,7 +84,9 @@ def test_no_module_is_imported_for_its_docstrings(tmp_path):
 
 
 def test_tests_are_left_out_and_private_twins_count_for_their_package(tmp_path):
-    write_library(tmp_path, _pydecimal=["sum of two exact numbers", "product of two exact numbers"], mailbox=["open one box of mail", "close one box of mail"])
+    write_library(
+        tmp_path, _pydecimal=["sum of two exact numbers", "product of two exact numbers"], mailbox=["open one box of mail", "close one box of mail"]
+    )
     (tmp_path / "unittest" / "test").mkdir(parents=True)
     write_library(tmp_path / "unittest" / "test", test_case=["one case of a test", "two cases of a test"])
     data = demo_examples(library=tmp_path)
@@ -118,6 +120,8 @@ def test_sources_that_the_compiler_warns_of_are_read_in_silence(tmp_path):
 
 
 def test_a_python_without_sources_is_told_to_bring_its_own_data(tmp_path):
-    with pytest.raises(InputError, match=r"found the sources of 0 packages .* expected at least 2 of asyncio, .* Pass your own data with --data") as caught:
+    with pytest.raises(
+        InputError, match=r"found the sources of 0 packages .* expected at least 2 of asyncio, .* Pass your own data with --data"
+    ) as caught:
         demo_examples(library=tmp_path)
     assert caught.value.code == "no-library-source"

@@ -37,6 +37,7 @@ MAX_INTEGER_CLASSES = 100
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
 _DIGITS = re.compile(r"-?[0-9]+")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?inf(inity)?", re.IGNORECASE)
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _MISSING = {"", "nan", "na", "n/a", "null", "none"}
 
 
@@ -140,7 +141,7 @@ def text_column(table: Table, name: str, *, may_be_empty: bool = False) -> tuple
     Raises
     ------
     InputError
-        ``not-text`` when a value is no string, ``empty-text`` when one is empty or missing. Both name the first such rows.
+        ``not-text`` when a value is no string or no valid Unicode, ``empty-text`` when one is empty or missing. Both name the first such rows.
     """
     values = ["" if value is None else value for value in table.columns[name]]
     wrong = [row for row, value in enumerate(values) if not isinstance(value, str)]
@@ -149,6 +150,11 @@ def text_column(table: Table, name: str, *, may_be_empty: bool = False) -> tuple
         raise InputError(
             "not-text",
             f"column {name!r} of {table.name} holds {kind} in {len(wrong)} of {len(values)} rows ({first_rows(wrong)}), expected text. Name another.",
+        )
+    broken = next((row for row, value in enumerate(values) if not value.isascii() and _SURROGATE.search(value)), None)
+    if broken is not None:
+        raise InputError(
+            "not-text", f"column {name!r} of {table.name} holds half of a surrogate pair in row {broken + 1}, expected text. Export it as UTF-8."
         )
     empty = [row for row, value in enumerate(values) if not value.strip()]
     if empty and not may_be_empty:
