@@ -19,9 +19,9 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
-from _pytest.mark import ParameterSet
 
 import report
 
@@ -78,7 +78,7 @@ def test_a_block_is_found_with_its_line_and_indentation(tmp_path: Path):
     assert (bash.code, bash.runs, shown.runs) == ("true\n", True, False)
 
 
-def pages_with_python() -> list[ParameterSet]:
+def pages_with_python() -> list[Any]:
     """Pages to run; those that load peft, and so probably train something, are slow."""
     python = {page: "".join(block.code for block in blocks if block.language == "python" and block.runs) for page, blocks in BLOCKS.items()}
     return [pytest.param(page, marks=pytest.mark.slow if "peft" in code else (), id=short(page)) for page, code in python.items() if code]
