@@ -77,6 +77,11 @@ def test_the_cascade_bound_holds_for_steps_with_errors_of_any_size_in_its_regime
     assert residual <= cascade_bound(spectrum, sizes) + 1e-12
 
 
+def test_the_cascade_bound_by_hand_for_two_components() -> None:
+    growth = 2 + 6 * 4 / (4 - 2)  # of the first error on its way through the second step
+    assert cascade_bound([4.0, 2.0, 1.0], [0.1, 0.2]) == pytest.approx(1 + 0.1 + growth * 0.2)
+
+
 def test_the_cascade_bound_of_exact_steps_is_the_residual() -> None:
     spectrum = [8.0, 4.0, 2.0, 1.0]
     target = matrix_with(spectrum, rows=6, columns=5)
