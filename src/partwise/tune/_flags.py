@@ -217,9 +217,15 @@ def parse(kind: type[Any], arguments: list[str], *, prog: str, about: str, defau
     except SystemExit as stopped:
         if not stopped.code:
             raise
-        lines = [line.strip("\u2502 ") for line in said.getvalue().splitlines() if line.startswith("\u2502")]
-        text = " ".join(line for line in lines if line and not re.fullmatch("[\u2500 ]+", line))
-        raise InputError("bad-flag", text or said.getvalue().strip()) from None
+        raise InputError("bad-flag", plain_sentences(said.getvalue())) from None
+
+
+def plain_sentences(boxed: str) -> str:
+    """What tyro draws as a box with a title and ruled sections, as one line of text without the title."""
+    lines = [line.strip("\u2502 ") for line in boxed.splitlines()]
+    ruled = [bool(re.fullmatch("[-\u2500\u256d\u256e\u2570\u256f ]+|[\u256d\u2570+].*", line)) for line in lines]
+    first = ruled.index(True) + 1 if True in ruled else 0  # what stands before the first rule is the title
+    return " ".join(line for line, rule in zip(lines[first:], ruled[first:], strict=True) if line and not rule)
 
 
 def parse_with_folder(kind: type[Any], arguments: list[str], *, prog: str, about: str) -> tuple[Any, Path]:

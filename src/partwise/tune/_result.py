@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ import safetensors
 import torch
 
 from partwise.checkpoint import write_folder, write_json
+from partwise.checks import MissingExtra
 from partwise.ledger import Ledger, Part
 from partwise.tune.truncation import active_adapter, component_energy, factors, keep_components, lora_layers, plan_cut, ranks_of, singular_order
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from partwise.runs import RunFolder
     from partwise.tune._loop import Progress
     from partwise.tune.job import Job
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS = "adapter_model.safetensors"
 BYTES_PER_NUMBER = 4
@@ -32,8 +36,6 @@ def finish_run(job: Job, run: RunFolder, progress: Progress, *, metric_before: f
     dict
         What is also written to ``summary.json``.
     """
-    from partwise.report import write_report
-
     job.report("measuring after", 0, 1, None)
     model = job.recipe.finish(job.model).eval()
     scores = job.evaluate(model)
@@ -62,17 +64,28 @@ def finish_run(job: Job, run: RunFolder, progress: Progress, *, metric_before: f
         "num_steps": progress.step,
         "seed": job.settings.seed,
         "adapter": str(run.result),
-        "report": str(run.report),
         "run": str(run.path),
         "ledger": ledger.to_json(),
     }
-    write_json(run.summary, summary)
-    write_report(run.path)
+    return publish(run, summary)
+
+
+def publish(run: RunFolder, summary: dict[str, Any]) -> dict[str, Any]:
+    """Write ``summary.json``, call the run finished, and draw the report. Without the extra that draws, ``report`` is None and a warning says how to get it."""
+    from partwise.report import write_report
+
+    write_json(run.summary, summary | {"report": str(run.report)})
     run.set_status("finished")
-    return summary
+    try:
+        write_report(run.path)
+    except MissingExtra as missing:
+        logger.warning("no report was drawn: %s Then: partwise report %s", missing, run.path)
+        write_json(run.summary, summary | {"report": None})
+        return summary | {"report": None}
+    return summary | {"report": str(run.report)}
 
 
-def save_adapter(model: PeftModel, folder: Path, *, readme: Any) -> dict[str, int]:
+def save_adapter(model: PeftModel, folder: Path, *, readme: Callable[[dict[str, int]], str]) -> dict[str, int]:
     """Write the adapter as stock peft reads it; the folder appears whole or not at all.
 
     Returns

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def summary_parts(summary: Mapping[str, Any]) -> Iterator[RenderableType]:
     """Tables and lines for the terminal, from the content of ``summary.json``."""
     from partwise.ledger import Ledger
-    from partwise.report import ledger_table
+    from partwise.report import format_bytes, format_seconds, ledger_table
 
     if summary.get("ledger"):
         yield ledger_table(Ledger.from_json(summary["ledger"]))
@@ -23,18 +23,20 @@ def summary_parts(summary: Mapping[str, Any]) -> Iterator[RenderableType]:
         yield comparison_table(summary["comparison"], metric_name=summary["metric_name"])
     name, before, after = summary["metric_name"], summary["metric_before"], summary["metric_after"]
     yield f"[bold]{name}[/bold] on held-out rows: {before:.4f} before, [bold]{after:.4f}[/bold] after {summary['num_steps']} steps of {summary['method']}"
-    size = f"{summary['saved_parameters']:,} numbers, {readable_bytes(summary['saved_bytes'])}"
+    size = f"{summary['saved_parameters']:,} numbers, {format_bytes(summary['saved_bytes'])}"
     yield f"adapter: {size}, {sum(summary['ranks'].values())} components in {len(summary['ranks'])} modules"
     if len(summary["kept_rank_curve"]) > 1:
         yield curve_table(summary)
-    yield f"training took {summary['seconds']:.0f} s"
-    yield f"adapter  {summary['adapter']}\nreport   {summary['report']}\nrun      {summary['run']}"
+    yield f"training took {format_seconds(summary['seconds'])}"
+    yield f"adapter  {summary['adapter']}\nreport   {summary['report'] or 'not drawn'}\nrun      {summary['run']}"
     yield f"smaller: partwise tune truncate {summary['run']} --rank 1 --out {summary['run']}-rank-1"
 
 
 def curve_table(summary: Mapping[str, Any]) -> Table:
     """What the adapter loses when it is cut to rank 1, 2, ...: as it stands, and rotated to singular order first (as ``truncate`` does)."""
     from rich.table import Table
+
+    from partwise.report import format_bytes
 
     after = summary["metric_after"]
     table = Table(
@@ -48,7 +50,7 @@ def curve_table(summary: Mapping[str, Any]) -> Table:
     )
     for point, rotated in zip(summary["kept_rank_curve"], summary["kept_rank_curve_svd"], strict=True):
         changes = [f"{row['metric']:.4f} ({row['metric'] - after:+.4f})" for row in (point, rotated)]
-        table.add_row(str(point["rank"]), f"{point['parameters']:,}", readable_bytes(point["bytes"]), *changes)
+        table.add_row(str(point["rank"]), f"{point['parameters']:,}", format_bytes(point["bytes"]), *changes)
     return table
 
 
@@ -91,15 +93,12 @@ def spread(values: Sequence[float]) -> str:
 
 def cut_lines(cut: Mapping[str, Any]) -> list[str]:
     """What ``partwise tune truncate`` says."""
+    from partwise.report import format_bytes
+
     change = cut["metric_after"] - cut["metric_before"]
     return [
         f"{cut['metric_name']} on held-out rows: {cut['metric_before']:.4f} whole, {cut['metric_after']:.4f} cut ({change:+.4f})",
         f"numbers saved: {cut['parameters_before']:,} -> {cut['saved_parameters']:,}",
-        f"bytes: {readable_bytes(cut['bytes_before'])} -> {readable_bytes(cut['saved_bytes'])}",
+        f"bytes: {format_bytes(cut['bytes_before'])} -> {format_bytes(cut['saved_bytes'])}",
         f"adapter: {cut['adapter']}",
     ]
-
-
-def readable_bytes(count: int) -> str:
-    """Bytes with a unit that a person reads."""
-    return f"{count:,} B" if count < 10_000 else f"{count / 1000:,.1f} kB" if count < 10_000_000 else f"{count / 1e6:,.1f} MB"

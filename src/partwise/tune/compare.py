@@ -7,9 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from partwise.checkpoint import write_json
 from partwise.checks import InputError
-from partwise.report import write_report
+from partwise.runs import RunFolder
 from partwise.tune._data import DataSettings, read_task_data
 from partwise.tune.job import SPLIT_SEED, Report, TuneSettings, check_place, tune
 from partwise.tune.recipe import Recipe
@@ -51,6 +50,8 @@ def compare(
     InputError
         ``nothing-to-compare`` for fewer than two methods or no seed; else as ``tune``.
     """
+    from partwise.tune._result import publish
+
     if len(recipes) < 2 or num_seeds < 1:
         raise InputError(
             "nothing-to-compare",
@@ -82,9 +83,7 @@ def compare(
             summaries[name].append(summary)
     whole = dict(summaries[main][0])
     whole["comparison"] = [row for name in recipes for row in comparison_rows(name, summaries[name], seeds=seeds)]
-    write_json(out / "summary.json", whole)
-    write_report(out)
-    return whole
+    return publish(RunFolder.open(out), whole)
 
 
 def comparison_rows(name: str, summaries: Sequence[Mapping[str, Any]], *, seeds: Sequence[int]) -> list[dict[str, Any]]:

@@ -217,11 +217,11 @@ def work(job: Job, run: RunFolder, *, resume: bool, checkpoint_every: int) -> di
     """From an open run folder to its summary: measure, train, finish."""
     from partwise.checkpoint import latest_checkpoint, read_json
     from partwise.tune._loop import LoopSettings, train
-    from partwise.tune._result import finish_run
+    from partwise.tune._result import finish_run, publish
 
     if resume and run.status == "finished" and run.summary.exists():
         summary: dict[str, Any] = read_json(run.summary)
-        return summary
+        return summary if run.report.exists() else publish(run, summary)
     run.set_status("running")
     checkpoint = latest_checkpoint(run.checkpoints)
     if checkpoint is None:
@@ -261,18 +261,13 @@ def prepare(recipe: Recipe, settings: TuneSettings, data: DataSettings, *, name:
     load_extra("transformers", extra="hf")
     import torch
 
-    from partwise.tune._data import encode, read_task_data
+    from partwise.tune._data import check_batch_fits, encode, read_task_data
     from partwise.tune._models import load_model
 
     device = choose_device(settings.device)
     report("reading data", 0, 1, None)
     examples = task_data or read_task_data(data, seed=SPLIT_SEED)
-    if len(examples.train) < settings.batch_size:
-        raise InputError(
-            "too-few-rows",
-            f"{examples.name} has {len(examples.train)} rows to train on, expected at least one batch of {settings.batch_size}. "
-            f"Pass --batch-size {len(examples.train)} or less, or more data.",
-        )
+    check_batch_fits(len(examples.train), settings.batch_size)
     report("loading model", 0, 1, None)
     num_labels = len(examples.label_names) or 1
     base, tokenizer = load_model(settings.model, task=examples.task, num_labels=num_labels, seed=settings.seed)

@@ -1,0 +1,182 @@
+"""A run that was stopped anywhere and resumed leaves the same bits as one that was never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from partwise.checks import InputError, RunError
+from partwise.runs import RunFolder
+from partwise.tune.adalora import AdaLoRA
+from partwise.tune.adapad_recipe import AdaPaD
+from partwise.tune.eva import EVA
+from partwise.tune.increlora import IncreLoRA
+from partwise.tune.job import Stopped
+from partwise.tune.lora import LoRA
+from partwise.tune.one_rank_at_a_time import OneRank
+from partwise.tune.recipe import Recipe
+from tune_runs import NUM_STEPS, run_tiny, tiny_flags
+
+RECIPES: list[Recipe] = [
+    LoRA(lora_dropout=0.2),
+    AdaLoRA(lora_dropout=0.2),
+    EVA(),
+    AdaPaD(lora_dropout=0.2),
+    IncreLoRA(),
+    OneRank(),
+]
+name_of = lambda recipe: type(recipe).__name__  # noqa: E731 - an id, no function of its own
+
+
+class Killed(BaseException):
+    """Stands for a process that ends between two lines."""
+
+
+def kill_at(step: int) -> Any:
+    def report(phase: str, done: int, total: int, loss: float | None) -> None:
+        if phase == "training" and done == step:
+            raise Killed
+
+    return report
+
+
+def kill_in(wanted: str) -> Any:
+    def report(phase: str, done: int, total: int, loss: float | None) -> None:
+        if phase == wanted:
+            raise Killed
+
+    return report
+
+
+def weights(run: Path) -> bytes:
+    return (run / "result" / "adapter_model.safetensors").read_bytes()
+
+
+def assert_same_run(run: Path, expected: Path) -> None:
+    assert weights(run) == weights(expected)
+    assert RunFolder(run).metrics() == RunFolder(expected).metrics()
+    assert (run / "result" / "adapter_config.json").read_text() == (expected / "result" / "adapter_config.json").read_text()
+    own, other = (json.loads((path / "summary.json").read_text()) for path in (run, expected))
+    for key in ("metric_before", "metric_after", "kept_rank_curve", "kept_rank_curve_svd", "ranks", "ledger"):
+        assert own[key] == other[key], key
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
+def test_a_run_killed_twice_leaves_the_same_bits(recipe: Recipe, tmp_path: Path, model_folder: Path, reviews: Path):
+    run_tiny(recipe, model_folder, reviews, out=tmp_path / "whole")
+    for number, step in enumerate((3, 8)):  # between two checkpoints, and in the step that writes one
+        with pytest.raises(Killed):
+            run_tiny(recipe, model_folder, reviews, out=tmp_path / "cut", resume=number > 0, report=kill_at(step))
+    run_tiny(recipe, model_folder, reviews, out=tmp_path / "cut", resume=True)
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("phase", ["measuring before", "measuring after", "cutting to every rank"])
+def test_a_run_killed_while_it_measures_leaves_the_same_bits(phase: str, tmp_path: Path, model_folder: Path, reviews: Path):
+    run_tiny(LoRA(), model_folder, reviews, out=tmp_path / "whole")
+    with pytest.raises(Killed):
+        run_tiny(LoRA(), model_folder, reviews, out=tmp_path / "cut", report=kill_in(phase))
+    run_tiny(LoRA(), model_folder, reviews, out=tmp_path / "cut", resume=True)
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_how_often_checkpoints_are_written_does_not_change_the_result(tmp_path: Path, model_folder: Path, reviews: Path):
+    for every in (1, 100):
+        run_tiny(AdaLoRA(), model_folder, reviews, out=tmp_path / str(every), checkpoint_every=every)
+    assert_same_run(tmp_path / "1", tmp_path / "100")
+
+
+def test_ctrl_c_saves_after_the_step_and_the_run_goes_on_from_there(tmp_path: Path, model_folder: Path, reviews: Path):
+    def interrupt(phase: str, done: int, total: int, loss: float | None) -> None:
+        if phase == "training" and done == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    run_tiny(LoRA(), model_folder, reviews, out=tmp_path / "whole")
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Stopped) as stopped:
+        run_tiny(LoRA(), model_folder, reviews, out=tmp_path / "cut", checkpoint_every=100, report=interrupt)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert stopped.value.run == tmp_path / "cut"
+    run = RunFolder(tmp_path / "cut")
+    assert run.status == "interrupted"
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-00000005"]
+    run_tiny(LoRA(), model_folder, reviews, out=tmp_path / "cut", resume=True)
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_a_finished_run_is_only_reported(tmp_path: Path, model_folder: Path, reviews: Path):
+    summary = run_tiny(LoRA(), model_folder, reviews, out=tmp_path / "run")
+    written = (tmp_path / "run" / "result" / "adapter_model.safetensors").stat().st_mtime_ns
+    assert run_tiny(LoRA(), model_folder, reviews, out=tmp_path / "run", resume=True, report=kill_in("training")) == summary
+    assert (tmp_path / "run" / "result" / "adapter_model.safetensors").stat().st_mtime_ns == written
+
+
+def test_resuming_with_another_setting_names_the_difference(tmp_path: Path, model_folder: Path, reviews: Path):
+    run_tiny(LoRA(), model_folder, reviews, out=tmp_path / "run")
+    with pytest.raises(InputError, match=r"(?s)was made with other settings:.*lr: got 0.5, expected 0.01"):
+        run_tiny(LoRA(), model_folder, reviews, out=tmp_path / "run", resume=True, lr=0.5)
+    with pytest.raises(InputError, match=r"(?s)lora_dropout: got 0.5, expected 0.0"):
+        run_tiny(LoRA(lora_dropout=0.5), model_folder, reviews, out=tmp_path / "run", resume=True)
+
+
+def test_resuming_on_changed_data_names_the_fingerprint(tmp_path: Path, model_folder: Path, reviews: Path):
+    run_tiny(LoRA(), model_folder, reviews, out=tmp_path / "run")
+    reviews.write_text(reviews.read_text().replace("good", "fine", 1))
+    with pytest.raises(InputError, match=r"(?s)data.fingerprint: got"):
+        run_tiny(LoRA(), model_folder, reviews, out=tmp_path / "run", resume=True)
+
+
+def test_there_must_be_a_run_to_resume(tmp_path: Path, model_folder: Path, reviews: Path):
+    with pytest.raises(InputError, match="holds no run"):
+        run_tiny(LoRA(), model_folder, reviews, out=tmp_path / "nothing", resume=True)
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_checkpoint_of_other_shapes_is_refused(tmp_path: Path, model_folder: Path, reviews: Path):
+    for budget, place in ((13, "small"), (26, "large")):
+        with pytest.raises(Killed):
+            run_tiny(LoRA(), model_folder, reviews, out=tmp_path / place, budget=budget, report=kill_at(6))
+    (tmp_path / "small" / "checkpoints").rename(tmp_path / "aside")
+    (tmp_path / "large" / "checkpoints").rename(tmp_path / "small" / "checkpoints")
+    with pytest.raises(RunError, match=r"does not fit the model: \d+ of \d+ trained parameters are missing or of another shape"):
+        run_tiny(LoRA(), model_folder, reviews, out=tmp_path / "small", budget=13, resume=True)
+
+
+def start(arguments: list[str]) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-m", "partwise", *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def rows_of(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "adapad"])
+def test_kill_9_at_random_moments_leaves_the_same_bits(method: str, tmp_path: Path, model_folder: Path, reviews: Path):
+    generator = random.Random(method)
+    flags = tiny_flags(model_folder, reviews, max_steps=NUM_STEPS * 4)
+    whole = start(["tune", method, *flags, "--out", str(tmp_path / "whole")])
+    assert whole.wait(timeout=120) == 0, whole.stderr.read()
+    total = rows_of(tmp_path / "whole")
+    for threshold in sorted(generator.sample(range(1, total), 3)):
+        resume = ["--resume"] if RunFolder.exists(tmp_path / "cut") else []
+        process = start(["tune", method, *flags, "--out", str(tmp_path / "cut"), *resume])
+        while process.poll() is None and rows_of(tmp_path / "cut") < threshold:
+            time.sleep(0.002)
+        time.sleep(generator.random() * 0.02)
+        process.kill()
+        process.communicate()
+    last = start(["tune", "--out", str(tmp_path / "cut"), "--resume"])
+    assert last.wait(timeout=120) == 0, last.stderr.read()
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
