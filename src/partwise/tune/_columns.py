@@ -266,7 +266,7 @@ def class_targets(columns: Sequence[Sequence[int | float | str]], table: Table, 
         )
     if name in table.class_names and not isinstance(plain[0][0], str):
         return table.class_names[name], [_named_classes(labels, table, name) for labels in plain]
-    distinct = sorted({label for labels in plain for label in labels})  # type: ignore[type-var]  # all strings or all integers
+    distinct = sorted({label for labels in plain for label in labels})  # all strings or all integers
     index = {label: position for position, label in enumerate(distinct)}
     return tuple(map(str, distinct)), [tuple(index[label] for label in labels) for labels in plain]
 

@@ -67,6 +67,7 @@ def load_model(model: str | None, *, task: Task, num_labels: int, seed: int = 0)
         config = _load(transformers.AutoConfig, source)
         check_task(config, task, source)
         tokenizer = _load(transformers.AutoTokenizer, source)
+        _check_tokenizer(tokenizer, source)
         loaded = _load_weights(transformers, source, task=task, num_labels=num_labels, seed=seed)
     _set_pad_token(loaded, tokenizer, source)
     check_has_linear_layers(loaded)
@@ -200,12 +201,28 @@ def _check_all_loaded(model: Any, info: dict[str, Any], source: str, task: Task)
         _logger.info("new weights in the head of %s: %s", source, ", ".join(sorted(new)))
 
 
+def _check_tokenizer(tokenizer: Any, source: str) -> None:
+    """Refuse the empty tokenizer that transformers makes up where a vocabulary is missing."""
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise InputError(
+            "model-incomplete",
+            f"{source} has no vocabulary for its tokenizer, expected tokenizer.json beside config.json. Save the tokenizer there too.",
+        )
+
+
 def _set_pad_token(model: Any, tokenizer: Any, source: str) -> None:
     if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
         raise InputError(
             "no-pad-token", f"the tokenizer of {source} has neither a pad token nor an end token. Set pad_token in its tokenizer_config.json."
+        )
+    num_known = model.get_input_embeddings().num_embeddings
+    if tokenizer.pad_token_id >= num_known:
+        raise InputError(
+            "no-pad-token",
+            f"the pad token of {source} has the number {tokenizer.pad_token_id}, but the model knows {num_known} tokens. Set pad_token in its "
+            "tokenizer_config.json to a token that the model knows, such as its end token.",
         )
     model.config.pad_token_id = tokenizer.pad_token_id
 
