@@ -16,17 +16,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from partwise.tune.adapad import (
-        AdaPaDCallback,
-        AdaPaDConfig,
-        RepeatForLevels,
-        attach,
-        finalize,
-        level_passes,
-        rank_table,
-        step_done,
-        truncate,
-    )
+    from partwise.tune.adapad import AdaPaDConfig, attach, finalize, rank_table, step_done, truncate
+    from partwise.tune.callback import AdaPaDCallback
+    from partwise.tune.exact import RepeatForLevels, level_passes
     from partwise.tune.one_rank_at_a_time import OneRankAtATime
     from partwise.tune.servable import check_servable
 
@@ -54,7 +46,13 @@ METHODS = {
     "eva": "partwise.tune.eva:EVA",
 }
 
-_HOMES = {"OneRankAtATime": "partwise.tune.one_rank_at_a_time", "check_servable": "partwise.tune.servable"}
+_HOMES = {
+    "AdaPaDCallback": "partwise.tune.callback",
+    "OneRankAtATime": "partwise.tune.one_rank_at_a_time",
+    "RepeatForLevels": "partwise.tune.exact",
+    "check_servable": "partwise.tune.servable",
+    "level_passes": "partwise.tune.exact",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,28 +1,26 @@
-"""What one AdaPaD adapter knows while it trains: active ranks, levels of samples, growth, and the optimiser's steps.
-
-Growth needs no callback. Two process-wide optimiser hooks watch for steps of the optimiser that holds this adapter's parameters.
-"""
+"""What one AdaPaD adapter knows while it trains: active ranks, levels of samples, growth, and the optimiser's steps."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
-import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils.hooks import RemovableHandle
+from torch.optim.optimizer import Optimizer
 
 from partwise.checks import InputError, RunError
-from partwise.linalg.subspace import singular_factors
 from partwise.selection import spend
 from partwise.tune import _growth
 from partwise.tune._levels import deal_levels, make_masks
 from partwise.tune._prefix_linear import Masks
+from partwise.tune._rotation import rotate_components
+from partwise.tune._row_age import YoungComponents, remember_young
+from partwise.tune._sharded import agree, whole, worker_rank
+from partwise.tune._slot import Slot, SlotState
+from partwise.tune._watch import settings_by_parameter, watch_steps
 
 if TYPE_CHECKING:
     from partwise.tune._prefix_linear import PrefixDown, PrefixUp
@@ -30,34 +28,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 FORWARDS_WITHOUT_STEP = 4096
-STATE_HEADER = 4  # version, step, rank, whether split fell back to cycle
-
-
-@dataclass(eq=False)
-class Slot:
-    """One adapted module: its two maps and how many components are active."""
-
-    name: str
-    index: int
-    down: PrefixDown
-    up: PrefixUp
-    rank: int
-    births: list[int]  # controller step at which each component began to learn
-    base: Any
-    masks: Masks | None = None
-    private_up: Tensor | None = None  # private column of lora_B waiting for lora_B to be loaded
-    frozen: tuple[Tensor, Tensor] | None = None  # finished components of one-rank-at-a-time, put back after every step
-
-    @property
-    def component_parameters(self) -> int:
-        return int(self.down.weight.shape[1] + self.up.weight.shape[0])
+MIXED_ROWS, ROTATED = 1, 2  # flags of a saved state
 
 
 class StageDriver(Protocol):
     """Whoever trains one component after the other."""
 
+    losses: list[float]
+
     def after_step(self, controller: Controller) -> None:
         """Called after every optimiser step, which is counted already."""
+
+    def resume(self, controller: Controller) -> None:
+        """Called once before training goes on from a loaded state."""
 
 
 @dataclass(eq=False)
@@ -70,7 +53,7 @@ class Controller:
     step: int = 0
     forced_level: int | None = None  # every sample at this level: exact passes, and stages of one-rank-at-a-time
     stages: StageDriver | None = None  # one-rank-at-a-time: decides after each step whether the next component begins
-    repeats_levels: bool = False  # the collator repeats each sample once per level
+    repeats_levels: bool = False  # each sample of a batch comes once per level
 
     def __post_init__(self) -> None:
         self.rules = self.settings.rules()
@@ -78,89 +61,46 @@ class Controller:
         self._lead: Slot | None = None
         self._batch = 0
         self._forwards = 0
-        self._fell_back = False
+        self._mixed_rows = False  # rows of some tensor are not samples: split is impossible
+        self._told_small_batch = False
         self._sealed = False
         self._rotated = False
+        self._loaded = False
+        self._dealt: dict[int, Tensor | None] = {}  # levels by batch size, until something changes
         self._mask_cache: dict[Any, Masks | None] = {}
-        self._before: list[tuple[Slot, int, Tensor, Tensor]] = []
-        self._watch()
-
-    # ------------------------------------------------------------------ optimiser hooks
-    def _watch(self) -> None:
-        reference = weakref.ref(self)
-
-        def before(optimiser: Optimizer, *_: Any) -> None:
-            controller = reference()
-            if controller is not None and controller._owns(optimiser):
-                controller.before_step(optimiser)
-
-        def after(optimiser: Optimizer, *_: Any) -> None:
-            controller = reference()
-            if controller is not None and controller._owns(optimiser):
-                controller.after_step(optimiser)
-
-        handles = (register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after))
-        self._owners: weakref.WeakKeyDictionary[Optimizer, tuple[int, dict[int, int]]] = weakref.WeakKeyDictionary()
-        self._release = weakref.finalize(self, _remove, handles)
+        self._young: list[YoungComponents] = []
+        self._release = watch_steps(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {**self.__dict__, "_before": [], "_mask_cache": {}}
-        del state["_owners"], state["_release"]
+        state = {**self.__dict__, "_young": [], "_mask_cache": {}, "_dealt": {}}
+        del state["_release"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._watch()
+        self._release = watch_steps(self)
 
     def release(self) -> None:
         """Stop watching optimisers."""
         self._release()
 
-    def _owns(self, optimiser: Optimizer) -> bool:
-        known = self._owners.get(optimiser)
-        if known is None or known[0] != len(optimiser.param_groups):
-            groups = {id(parameter): index for index, group in enumerate(optimiser.param_groups) for parameter in group["params"]}
-            self._owners[optimiser] = known = (len(optimiser.param_groups), groups)
-            self._check_not_built_early(groups)
-        return any(id(slot.down.weight) in known[1] for slot in self.slots[:1])
-
-    def _check_not_built_early(self, groups: dict[int, int]) -> None:
-        if any(id(slot.down.weight) in groups for slot in self.slots):
-            return
-        waiting = any(slot.down.weight.grad is not None for slot in self.slots)
-        frozen = any(id(parameter) in groups for slot in self.slots for parameter in slot.base.parameters() if not parameter.requires_grad)
-        if waiting and frozen:
-            raise InputError(
-                "optimiser-built-too-early",
-                "this optimiser holds frozen base weights and none of the adapter's parameters: it was built before get_peft_model. "
-                "Build it after, from the parameters that require gradients.",
-            )
-
     # ------------------------------------------------------------------ modules
     def add(self, name: str, down: PrefixDown, up: PrefixUp, base: Any) -> Slot:
         """Take one module under control, with seeded starting values."""
-        slot = Slot(name, len(self.slots), down, up, self.settings.init_r, [0] * self.settings.r, base)
+        settings = self.settings
+        slot = Slot(name, len(self.slots), down, up, base, seed=settings.seed, rank=settings.init_r, births=[0] * settings.r)
         self.slots.append(slot)
         down.bind(self, slot)
         up.bind(self, slot)
         with torch.no_grad():
-            down.weight.copy_(self.fresh_weight(slot, like=down.weight, component_dim=0))
+            down.weight.copy_(slot.fresh_down(down.weight))
             up.weight.zero_()
         return slot
 
-    def fresh_weight(self, slot: Slot, *, like: Tensor, component_dim: int) -> Tensor:
-        """Starting values shaped like ``like``: zeros for ``lora_B``; for ``lora_A`` rows that depend on (seed, module, component) alone."""
-        fresh = torch.zeros_like(like)
-        if component_dim == 0:
-            for component in range(fresh.shape[0]):
-                fresh[component] = self._fresh_row(slot, component).to(fresh)
-        return fresh
-
-    def _fresh_row(self, slot: Slot, component: int) -> Tensor:
-        key = hashlib.sha256(f"{self.settings.seed}/{slot.name}/{component}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
-        num_inputs = slot.down.weight.shape[1]
-        return (torch.rand(num_inputs, generator=generator) * 2 - 1) / math.sqrt(num_inputs)  # (in,), peft's Kaiming bound
+    def refuse_second_model(self, name: str) -> None:
+        """One controller drives one model."""
+        if self._sealed or any(slot.name == name for slot in self.slots):
+            raise InputError("config-used-twice", f"this AdaPaDConfig already drives a model ({name} is taken). Make one config object per model.")
 
     def accept_rank(self, slot: Slot, rank: int) -> int:
         """Set the active rank of a slot from the shape of loaded weights."""
@@ -170,14 +110,13 @@ class Controller:
                 f"the saved adapter has rank {rank} at {slot.name}, this configuration allows 1 to r={self.settings.r}. Pass r={rank} or more.",
             )
         slot.rank = rank
-        self._mask_cache.clear()
+        self._forget_levels()
         return rank
 
     def seal(self) -> None:
         """Check the budget once all modules are known."""
         if self._sealed or not self.slots:
             return
-        self._sealed = True
         settings, num_modules = self.settings, len(self.slots)
         low, high = num_modules * settings.init_r, num_modules * settings.r
         if not low <= self.budget <= high:
@@ -186,6 +125,7 @@ class Controller:
                 f"budget={self.budget} components cannot be dealt to {num_modules} modules of rank {settings.init_r} to {settings.r}: "
                 f"it must be between {low} and {high}. Change budget, or raise r.",
             )
+        self._sealed = True
 
     @property
     def budget(self) -> int:
@@ -209,58 +149,55 @@ class Controller:
     def growth_is_over(self) -> bool:
         return self.num_components >= self.budget
 
-    @property
-    def trains_in_stages(self) -> bool:
-        return self.stages is not None
-
-    def begin_stage(self, component: int) -> None:
-        """Freeze the components before ``component`` (from 0), train that one on what they leave over."""
-        for slot in self.slots:
-            with torch.no_grad():
-                slot.frozen = (slot.down.weight[:component].clone(), slot.up.weight[:, :component].clone())
-            slot.rank, slot.births[component] = component + 1, self.step
-        self.force_level(component + 1)
-
-    def drop_component(self, component: int) -> None:
-        """Forget component ``component`` (from 0) and all after it, but never the first; then freeze what remains."""
-        for slot in self.slots:
-            slot.rank = min(slot.rank, max(1, component))
-        self.freeze()
-
-    def freeze(self) -> None:
-        """Keep every active component as it is, whatever optimisers do."""
-        for slot in self.slots:
-            slot.frozen = (slot.down.weight.detach()[: slot.rank].clone(), slot.up.weight.detach()[:, : slot.rank].clone())
-
-    # ------------------------------------------------------------------ phases and levels
+    # ------------------------------------------------------------------ levels of samples
     def force_level(self, level: int | None) -> None:
-        """Put every sample at one level, or go back to the schedule."""
+        """Put every sample at one level (0: private components), or go back to the schedule."""
         self.forced_level = level
-        self._mask_cache.clear()
+        self._forget_levels()
 
     def phase(self) -> str:
         """What the next step trains by."""
         phase = self.rules.phase(self.step, total_steps=self.settings.total_steps, growth_is_over=self.growth_is_over)
-        return "cycle" if phase == "split" and self._fell_back else phase
+        return "cycle" if phase == "split" and self._mixed_rows else phase
+
+    def levels(self) -> list[int]:
+        """Levels that are alive: each component, and 0 where private components train."""
+        return [*range(1, self.num_levels + 1), *([0] if any(self.has_private(slot) for slot in self.slots) else [])]
+
+    def levels_to_visit(self) -> list[int]:
+        """Levels that a sample visits in an exact step; one while training is joint."""
+        return [self.num_levels] if self.phase() == "joint" else self.levels()
+
+    def has_private(self, slot: Slot) -> bool:
+        """Whether a module trains one more component before it is active."""
+        return bool(self.settings.advance_learning) and self.stages is None and slot.rank < self.settings.r and not self.growth_is_over
 
     def masks(self, slot: Slot, x: Tensor) -> Masks | None:
         """What the samples of ``x`` see of a module in this training forward. None: all of them see and train everything."""
+        rows = x.shape[0] if x.dim() > 1 else 1
         if self._lead is None or slot is self._lead:
-            self._lead = slot
-            self._batch = x.shape[0]
-            self.seal()
-            self._count_forward()
-        if self.forced_level is None and self.phase() == "joint":
+            self._lead, self._batch = slot, rows
+            self._begin_forward()
+        levels = self._levels()
+        if levels is None:
             return None
-        fits = x.shape[0] == self._batch or (x.dim() == 2 and x.shape[0] % self._batch == 0)
-        if not fits and self.forced_level is None:
-            self._fall_back(f"{slot.name} sees {x.shape[0]} rows where the batch has {self._batch}")
-        key = (self._batch, slot.rank, self._private(slot), x.device, self.phase(), self.forced_level)
+        if len(levels) > 1 and rows != self._batch and (x.dim() != 2 or rows % self._batch):
+            self._refuse_mixed_rows(f"{slot.name} sees {rows} rows where the batch has {self._batch}")
+            levels = self._levels()
+            assert levels is not None
+        key = (slot.index, self._batch, x.device)
         if key not in self._mask_cache:
-            self._mask_cache[key] = self._make_masks(slot, x.device)
+            weight = 0.0 if self.stages is not None else self.rules.successor_weight
+            self._mask_cache[key] = make_masks(
+                levels, rank=slot.rank, private=self.has_private(slot), successor_weight=weight, device=x.device
+            )
         return self._mask_cache[key]
 
-    def _count_forward(self) -> None:
+    def _begin_forward(self) -> None:
+        self.seal()
+        self._catch_up()
+        if not torch.is_grad_enabled():
+            return
         self._forwards += 1
         if self._forwards > FORWARDS_WITHOUT_STEP:
             raise RunError(
@@ -269,92 +206,124 @@ class Controller:
                 "DeepSpeed ZeRO-3 flatten them). Call partwise.tune.step_done(model) after each step, or train with DDP or FSDP2.",
             )
 
-    def _fall_back(self, why: str) -> None:
-        if not self._fell_back:
-            self._fell_back = True
-            self._mask_cache.clear()
-            logger.warning("schedule 'split' needs one row of every tensor per sample, but %s: going on with 'cycle'", why)
+    def _levels(self) -> Tensor | None:
+        """Level of each sample of this batch, (batch,), or one for all of them, (1,). None: they train jointly."""
+        if self._batch not in self._dealt:
+            self._dealt[self._batch] = self._deal()
+        return self._dealt[self._batch]
 
-    def _private(self, slot: Slot) -> bool:
-        return bool(self.settings.advance_learning) and slot.rank < self.settings.r and not self.growth_is_over and self.forced_level is None
-
-    def _make_masks(self, slot: Slot, device: torch.device) -> Masks:
-        weight = 0.0 if self.trains_in_stages else self.rules.successor_weight
-        return make_masks(self._levels(), rank=slot.rank, private=self._private(slot), successor_weight=weight, device=device)
-
-    def _levels(self) -> Tensor:
-        """Level of each sample of this batch, or one for all of them."""
+    def _deal(self) -> Tensor | None:
         if self.forced_level is not None:
             return torch.tensor([self.forced_level])
-        private = any(self._private(slot) for slot in self.slots)
-        schedule = self.phase()
+        schedule, num_groups = self.phase(), len(self.levels())
+        if schedule == "joint":
+            return None
         if schedule == "exact" and not self.repeats_levels:
             raise InputError(
                 "exact-needs-passes",
                 "schedule='exact' trains every level on every sample, so one forward is not enough. Write `for _ in level_passes(model): "
-                "loss.backward()` in your loop, wrap the collator with RepeatForLevels, or use schedule='split'.",
+                "loss.backward()` in your loop, train inside `with RepeatForLevels(model):`, or use schedule='split'.",
             )
-        if schedule == "split" and self._batch < self.num_levels + private:
-            self._fall_back(f"a batch of {self._batch} cannot hold {self.num_levels + private} levels")
+        if schedule == "split" and self._batch < num_groups:
             schedule = "cycle"
+            if not self._told_small_batch:
+                self._told_small_batch = True
+                logger.warning("a batch of %d cannot hold %d levels: such batches are trained with schedule 'cycle'", self._batch, num_groups)
         return deal_levels(
             schedule,
             batch=self._batch,
             step=self.step,
             num_levels=self.num_levels,
-            private=private,
+            private=num_groups > self.num_levels,
             top_share=self.rules.top_share,
-            offset=_worker_rank() * self._batch,
+            offset=worker_rank() * self._batch,
         )
 
+    def _refuse_mixed_rows(self, why: str) -> None:
+        if self.phase() == "exact":
+            raise InputError("rows-are-not-samples", f"{why}, so levels cannot be told apart. Use level_passes(model) instead of RepeatForLevels.")
+        self._mixed_rows = True
+        self._forget_levels()
+        logger.warning("schedule 'split' needs one row of every tensor per sample, but %s: going on with 'cycle'", why)
+
+    def _forget_levels(self) -> None:
+        self._dealt.clear()
+        self._mask_cache.clear()
+
     # ------------------------------------------------------------------ one optimiser step
+    def owns(self, optimiser: Optimizer) -> bool:
+        """Whether ``optimiser`` is about to move this adapter."""
+        held = settings_by_parameter(optimiser)
+        ours = [weight for slot in self.slots for weight in (slot.down.weight, slot.up.weight)]
+        moved = [weight for weight in ours if weight.grad is not None]
+        if not moved:
+            return False  # another adapter is active
+        if any(id(weight) in held for weight in moved):
+            return True
+        if any(id(parameter) in held for slot in self.slots for parameter in slot.base.parameters() if not parameter.requires_grad):
+            raise InputError(
+                "optimiser-built-too-early",
+                "this optimiser holds frozen base weights and none of the adapter's parameters: it was built before get_peft_model. "
+                "Build it after, from the parameters that require gradients.",
+            )
+        return False
+
     def before_step(self, optimiser: Optimizer) -> None:
         """Read the gradients that the optimiser is about to use, and remember young components."""
         self.seal()
+        self._catch_up()
         self._forwards = 0
-        scoring = not self.growth_is_over and not self.trains_in_stages
-        if scoring and _growth.scoring_matters(self.step + 1, interval=self.pace.interval, warmup=self.pace.warmup):
+        pace = self.pace
+        scoring = not self.growth_is_over and self.stages is None
+        if scoring and _growth.scoring_matters(self.step + 1, interval=pace.interval, warmup=pace.warmup):
             self._score()
-        self._before = []
+        groups, warmup = settings_by_parameter(optimiser), self._component_warmup(pace)
+        self._young = []
         for slot in self.slots:
-            betas, _ = self._group(optimiser, slot.down.weight)
-            limit = _growth.young_for(betas, warmup=self._component_warmup)
-            width = slot.rank + self._private(slot)
-            young = [k for k in range(width) if slot.births[k] > 0 and self.step - slot.births[k] < limit]
-            if young:
-                first = young[-1] if self.trains_in_stages else young[0]
-                down, up = slot.down.weight.detach(), slot.up.weight.detach()
-                self._before.append((slot, first, down[first:width].clone(), up[:, first:width].clone()))
+            births = slot.births[: slot.rank + self.has_private(slot)]
+            if not any(births):
+                continue
+            for weight, dim in ((slot.down.weight, 0), (slot.up.weight, 1)):
+                state = optimiser.state.get(weight, {})
+                group = groups.get(id(weight), optimiser.param_groups[0])
+                young = remember_young(weight, dim=dim, births=births, step=self.step, state=state, group=group, warmup=warmup)
+                self._young += [] if young is None else [young]
 
-    def after_step(self, optimiser: Optimizer) -> None:
+    def after_step(self, optimiser: Optimizer | None) -> None:
         """Correct young components, count the step, grow, change phase."""
-        for slot, first, old_down, old_up in self._before:
-            self._correct(optimiser, slot, first, old_down, old_up)
-        self._before = []
+        if optimiser is not None and self._young:
+            groups = settings_by_parameter(optimiser)
+            for young in self._young:
+                young.correct(groups.get(id(young.weight), optimiser.param_groups[0]))
+        self._young = []
         for slot in self.slots:
-            if slot.frozen is not None:
-                down, up = slot.frozen
-                slot.down.weight.detach()[: len(down)] = down
-                slot.up.weight.detach()[:, : up.shape[1]] = up
-        before = self.phase()
+            slot.put_back()
+        before, pace = self.phase(), self.pace
         self.step += 1
-        self._mask_cache.clear()
-        if (
-            not self.trains_in_stages
-            and not self.growth_is_over
-            and _growth.is_growth_step(self.step, interval=self.pace.interval, warmup=self.pace.warmup)
-        ):
-            self.grow()
+        self._forget_levels()
         if self.stages is not None:
             self.stages.after_step(self)
+        elif not self.growth_is_over and _growth.is_growth_step(self.step, interval=pace.interval, warmup=pace.warmup):
+            self.grow()
+        if self.settings.advance_learning and self.growth_is_over:
+            for slot in self.slots:
+                slot.clear_waiting()  # momentum still moves private components that never became active
         if self.rules.joint_start > 0 and not self._rotated and before == "joint" and self.phase() != "joint":
             self._rotated = True
             self.rotate(optimiser)
 
-    @property
-    def _component_warmup(self) -> int:
+    def step_done(self) -> None:
+        """Count an optimiser step that was not seen."""
+        self._catch_up()
+        self._forwards = 0
+        self._young = []
+        self.after_step(None)
+
+    def _component_warmup(self, pace: _growth.Pace) -> int:
         chosen = self.settings.component_warmup
-        return self.pace.interval // 2 if chosen is None else chosen
+        if chosen is None:
+            return 0 if self.stages is not None else pace.interval // 2
+        return chosen
 
     @property
     def pace(self) -> _growth.Pace:
@@ -366,30 +335,12 @@ class Controller:
             interval=settings.growth_interval, warmup=settings.growth_warmup, modules=settings.growth_modules,
         )  # fmt: skip
 
-    def _group(self, optimiser: Optimizer, parameter: Tensor) -> tuple[tuple[float, float] | None, dict[str, Any]]:
-        group = optimiser.param_groups[self._owners[optimiser][1].get(id(parameter), 0)]
-        return group.get("betas"), group
-
-    def _correct(self, optimiser: Optimizer, slot: Slot, first: int, old_down: Tensor, old_up: Tensor) -> None:
-        """Scale what the optimiser did to components ``first`` and later as if it were as old as they are."""
-        width = first + len(old_down)
-        for parameter, old, dim in ((slot.down.weight, old_down, 0), (slot.up.weight, old_up, 1)):
-            betas, group = self._group(optimiser, parameter)
-            optimiser_age = int(optimiser.state.get(parameter, {}).get("step", self.step + 1))
-            ages = [self.step + 1 - slot.births[k] for k in range(first, width)]
-            factors = [_growth.age_factor(age, optimiser_age, betas=betas, warmup=self._component_warmup) for age in ages]
-            factor = torch.tensor(factors, dtype=old.dtype, device=old.device)
-            if group.get("decoupled_weight_decay"):
-                old = old * (1 - float(group["lr"]) * group["weight_decay"])
-            new = parameter.detach().narrow(dim, first, width - first)
-            new.copy_(old + (new - old) * (factor[:, None] if dim == 0 else factor))
-
     # ------------------------------------------------------------------ growth
     def _score(self) -> None:
-        down, up = [slot.down.weight for slot in self.slots], [slot.up.weight for slot in self.slots]
-        grads = [_whole(torch.zeros_like(p) if p.grad is None else p.grad) for p in (*down, *up)]
-        values = [_whole(p.detach()) for p in (*down, *up)]
-        num = len(down)
+        weights = [slot.down.weight for slot in self.slots] + [slot.up.weight for slot in self.slots]
+        grads = [whole(torch.zeros_like(weight) if weight.grad is None else weight.grad) for weight in weights]
+        values = [whole(weight.detach()) for weight in weights]
+        num = len(self.slots)
         value = _growth.importance(values[:num], grads[:num], values[num:], grads[num:]).float()
         self._averages(value.device)
         _growth.smooth(self._mean, self._variability, value, beta1=self.settings.beta1, beta2=self.settings.beta2)
@@ -418,23 +369,20 @@ class Controller:
             gain = min(settings.growth_step, settings.r - slot.rank, remaining)
             ranks[slot.index] += gain
             remaining -= gain
-        for slot, rank in zip(self.slots, _agreed(ranks, self.slots[0].down.weight.device), strict=True):
-            self.activate(slot, rank)
+        private = {slot.index for slot in self.slots if self.has_private(slot)}
+        for slot, rank in zip(self.slots, agree(ranks, self.slots[0].down.weight.device), strict=True):
+            self._activate(slot, rank, had_private=slot.index in private)
+        self._forget_levels()
 
-    def activate(self, slot: Slot, rank: int) -> None:
+    def _activate(self, slot: Slot, rank: int, *, had_private: bool) -> None:
         """Raise the rank of one module. New components start at zero unless they were trained privately."""
-        private = self._private(slot)
-        with torch.no_grad():
-            for component in range(slot.rank, rank):
-                if private and component == slot.rank:
-                    continue
-                slot.births[component] = self.step
-                slot.down.weight[component] = self._fresh_row(slot, component).to(slot.down.weight)
-                slot.up.weight[:, component] = 0
-        if rank > slot.rank and self.settings.advance_learning and rank < self.settings.r:
-            slot.births[rank] = self.step
+        if rank == slot.rank:
+            return
+        for component in range(slot.rank + had_private, rank):
+            slot.begin(component, step=self.step)
         slot.rank = rank
-        self._mask_cache.clear()
+        if self.settings.advance_learning and rank < self.settings.r:
+            slot.begin(rank, step=self.step)
 
     def rotate(self, optimiser: Optimizer | None = None) -> None:
         """Turn every module's components into the singular components of their sum; Adam's averages turn with them."""
@@ -443,86 +391,31 @@ class Controller:
 
     # ------------------------------------------------------------------ resuming
     def slot_state(self, slot: Slot) -> Tensor:
-        """What resuming needs beyond weights and optimiser: step, scores, ages, and the private component."""
+        """What resuming needs beyond weights and optimiser: step, scores, ages, and the private component; (1, numbers)."""
         self._averages(torch.device("cpu"))
-        width = self.settings.r
-        parts = [torch.tensor([1.0, self.step, slot.rank, float(self._fell_back) + 2 * self._rotated])]
-        parts += [self._mean[slot.index], self._variability[slot.index], torch.tensor([float(b) for b in slot.births])]
-        if self._private(slot):
-            parts += [_whole(slot.down.weight.detach())[slot.rank], _whole(slot.up.weight.detach())[:, slot.rank]]
-        assert sum(len(part) for part in parts[:4]) == STATE_HEADER + 3 * width
-        flat = torch.cat([part.detach().to("cpu", torch.float64).flatten() for part in parts])
-        return flat[None, :]  # (1, numbers): peft takes a 1-D LoRA tensor for a shard that was not gathered
+        tail = slot.read_private() if self.has_private(slot) else torch.zeros(0)
+        if self.stages is not None:
+            tail = torch.tensor(self.stages.losses, dtype=torch.float64)
+        flags = MIXED_ROWS * self._mixed_rows + ROTATED * self._rotated
+        return SlotState(self.step, slot.rank, flags, self._mean[slot.index], self._variability[slot.index], slot.births, tail).pack()
 
-    def load_slot_state(self, slot: Slot, state: Tensor) -> None:
+    def load_slot_state(self, slot: Slot, packed: Tensor) -> None:
         """Undo :meth:`slot_state`."""
-        width = self.settings.r
-        state = state.to("cpu", torch.float64).flatten()
-        if len(state) < STATE_HEADER + 3 * width or (len(state) - STATE_HEADER) < 3 * width:
-            raise InputError("resume-differs", f"the saved growth state of {slot.name} was made with another r than r={width}. Use the same r.")
+        state = SlotState.unpack(packed, width=self.settings.r, name=slot.name)
         self._averages(slot.down.weight.device)
-        self.step = int(state[1])
-        self.accept_rank(slot, int(state[2]))
-        self._fell_back, self._rotated = bool(int(state[3]) & 1), bool(int(state[3]) & 2)
-        body = state[STATE_HEADER:]
-        self._mean[slot.index] = body[:width].to(self._mean)
-        self._variability[slot.index] = body[width : 2 * width].to(self._mean)
-        slot.births = [int(b) for b in body[2 * width : 3 * width]]
-        private = body[3 * width :]
-        if len(private):
-            num_inputs = slot.down.weight.shape[1]
-            with torch.no_grad():
-                slot.down.weight[slot.rank] = private[:num_inputs].to(slot.down.weight)
-                slot.up.weight[:, slot.rank] = private[num_inputs:].to(slot.up.weight)
-            slot.private_up = private[num_inputs:]
+        self.step, self._loaded = state.step, True
+        self._mixed_rows, self._rotated = bool(state.flags & MIXED_ROWS), bool(state.flags & ROTATED)
+        self.accept_rank(slot, state.rank)
+        self._mean[slot.index] = state.mean.to(self._mean)
+        self._variability[slot.index] = state.variability.to(self._mean)
+        slot.births = state.births
+        if self.stages is not None:
+            self.stages.losses = state.tail.tolist()
+        elif len(state.tail):
+            slot.write_private(state.tail)
 
-
-def rotate_components(down: Tensor, up: Tensor, rank: int, optimiser: Optimizer | None = None) -> None:
-    """Rotate the first ``rank`` components to singular order in place, keeping the norm of each row of ``down`` near where it was.
-
-    With ``down' = T down`` and ``up' = up T^-1`` the gradients turn with ``T^-T`` and ``T^T``. Adam's first average turns alike; its
-    second is mapped as the variance of a sum of independent entries.
-    """
-    old_down, old_up = down.detach()[:rank].double(), up.detach()[:, :rank].double()
-    left, values, right = singular_factors(old_up, old_down)
-    alive = values > 1e-9 * values[0].clamp_min(1e-300)
-    if not bool(alive.all()):
-        return  # a component that is still zero has no direction to rotate to
-    size = old_down.norm(dim=1).mean()
-    new_down, new_up = right * size, left * (values / size)  # (rank, in), (out, rank)
-    turn = new_down @ torch.linalg.pinv(old_down)  # (rank, rank)
-    back = torch.linalg.inv(turn).T  # (rank, rank)
-    with torch.no_grad():
-        down[:rank] = new_down.to(down)
-        up[:, :rank] = new_up.to(up)
-        for parameter, matrix, dim in ((down, back, 0), (up, turn, 1)):
-            state = {} if optimiser is None else optimiser.state.get(parameter, {})
-            for name, power in (("exp_avg", 1), ("exp_avg_sq", 2)):
-                if name not in state:
-                    continue
-                average = state[name].narrow(dim, 0, rank)
-                mix = matrix.to(average) ** power
-                average.copy_(mix @ average if dim == 0 else average @ mix.T)
-
-
-def _remove(handles: tuple[RemovableHandle, ...]) -> None:
-    for handle in handles:
-        handle.remove()
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """The full tensor behind a sharded one."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def _worker_rank() -> int:
-    return torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
-
-
-def _agreed(ranks: list[int], device: torch.device) -> list[int]:
-    """Worker 0's decision, on every worker."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return ranks
-    decision = torch.tensor(ranks, device=device)
-    torch.distributed.broadcast(decision, src=0)
-    return [int(rank) for rank in decision]
+    def _catch_up(self) -> None:
+        """After a state was loaded, let stages find out where they are; weights may have come after the state."""
+        if self._loaded and self.stages is not None:
+            self.stages.resume(self)
+        self._loaded = False

@@ -1,4 +1,4 @@
-"""Growth by score, and fair optimiser steps for components that join late: pure functions on tensors and numbers.
+"""Growth by score: pure functions on tensors and numbers.
 
 The score is AdaLoRA's sensitivity (arXiv:2303.10512) summed over a rank-one component, smoothed, and multiplied by its variability.
 """
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 SCORING_WINDOW = 64  # averages started this many steps before a decision differ from older ones by less than 0.05 %
-
 GROWTH_SHARE = 0.35  # of the steps, where their number is known; IncreLoRA's scripts spend the budget within 37 %
 
 
@@ -92,26 +91,3 @@ def scoring_matters(step: int, *, interval: int, warmup: int) -> bool:
     """True when optimiser step number ``step`` lies in the window that decides the next growth."""
     next_event = interval * max(math.ceil(step / interval), warmup // interval + 1)
     return next_event - step < SCORING_WINDOW
-
-
-def age_factor(age: int, optimiser_age: int, *, betas: tuple[float, float] | None, warmup: int) -> float:
-    """What a component's step must be multiplied with so that it moves as under an optimiser born with it.
-
-    Adam divides its averages by ``1 - beta^T`` with the age ``T`` of the whole tensor; a younger row has younger averages. Without
-    ``betas`` only the linear warm-up over ``warmup`` steps remains.
-
-    >>> age_factor(100, 100, betas=(0.9, 0.999), warmup=0)
-    1.0
-    """
-    ramp = min(1.0, age / warmup) if warmup > 0 else 1.0
-    if betas is None or age >= optimiser_age:
-        return ramp
-    beta1, beta2 = betas
-    first = (1 - beta1**optimiser_age) / (1 - beta1**age)
-    second = math.sqrt((1 - beta2**age) / (1 - beta2**optimiser_age))
-    return ramp * first * second
-
-
-def young_for(betas: tuple[float, float] | None, *, warmup: int) -> int:
-    """Number of steps during which :func:`age_factor` differs from 1 by more than a percent."""
-    return max(warmup, 0 if betas is None else math.ceil(4 / (1 - betas[1])))

@@ -56,20 +56,20 @@ def deal_levels(schedule: str, *, batch: int, step: int, num_levels: int, privat
         Samples of this step that are dealt on other workers before this batch.
     """
     num_groups = num_levels + private
-    if schedule == "cycle":
-        top = math.floor((step + 1) * top_share) > math.floor(step * top_share)
-        level = num_levels if top else (step % num_groups + 1) % (num_levels + 1)
-        return torch.tensor([level])
-    position = torch.arange(batch) + step + offset  # (batch,)
-    levels = (position % num_groups + 1) % (num_levels + 1)
-    if schedule == "split" and top_share > 0:
-        num_top = math.floor((step + 1) * top_share * batch) - math.floor(step * top_share * batch)
-        levels = torch.where(position % batch < num_top, num_levels, levels)
-    return levels
+    size = 1 if schedule == "cycle" else batch
+    share = 0.0 if schedule == "exact" else top_share
+    top_before = math.floor(step * share * size)  # top samples (or batches) of earlier steps
+    num_top = math.floor((step + 1) * share * size) - top_before
+    if share == 0 and size > 1:
+        turn = torch.arange(size) + step + offset  # (size,)
+        return (turn % num_groups + 1) % (num_levels + 1)
+    place = (torch.arange(size) + step) % size  # (size,): which samples are at the top changes from step to step
+    turn = place - num_top + step * size - top_before + (offset if size > 1 else 0)  # the others take turns, also over steps
+    return torch.where(place < num_top, num_levels, (turn % num_groups + 1) % (num_levels + 1))
 
 
-def make_masks(levels: Tensor, *, rank: int, private: bool, successor_weight: float, device: torch.device) -> Masks:
-    """Masks of one module from the levels of the samples.
+def make_masks(levels: Tensor, *, rank: int, private: bool, successor_weight: float, device: torch.device) -> Masks | None:
+    """Masks of one module from the levels of the samples. None: all samples see all active components and train them.
 
     Parameters
     ----------
@@ -88,4 +88,6 @@ def make_masks(levels: Tensor, *, rank: int, private: bool, successor_weight: fl
     own = torch.where(is_private, ~active, active & (component == level - 1))
     learns = own.float() + successor_weight * (active & (component < level - 1)).float()  # (samples, width)
     same = torch.equal(learns, sees.float())
+    if same and bool(sees.all()) and not private:
+        return None
     return Masks(sees.float().to(device), None if same else learns.to(device))

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 if TYPE_CHECKING:
-    from partwise.tune._controller import Controller, Slot
+    from partwise.tune._controller import Controller
+    from partwise.tune._slot import Slot
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,10 @@ class _PrefixLinear(nn.Linear):
         self.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
         self.out_features, self.in_features = weight.shape
 
+    def _padding(self, like: Tensor) -> Tensor:
+        """What waiting components hold after loading, for all components; placed as ``like``."""
+        raise NotImplementedError
+
     def _active(self) -> Tensor:
         return self.weight.detach().narrow(self.component_dim, 0, self.slot.rank)
 
@@ -116,17 +121,13 @@ class _PrefixLinear(nn.Linear):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         loaded = state_dict.get(prefix + "weight")
-        if loaded is not None and loaded.shape != self.weight.shape:
+        if loaded is not None:
             rank = self.controller.accept_rank(self.slot, int(loaded.shape[self.component_dim]))
-            with torch.no_grad():
-                padded = self.controller.fresh_weight(self.slot, like=self.weight, component_dim=self.component_dim)
+            if loaded.shape != self.weight.shape:
+                like = torch.empty_like(self.weight, device=loaded.device if self.weight.is_meta else self.weight.device)
+                padded = self._padding(like)
                 padded.narrow(self.component_dim, 0, rank).copy_(loaded)
-                if self.component_dim == 1 and self.slot.private_up is not None:
-                    padded[:, rank] = self.slot.private_up.to(padded)
-                    self.slot.private_up = None
-            state_dict = {**state_dict, prefix + "weight": padded}
-        elif loaded is not None:
-            self.controller.accept_rank(self.slot, int(loaded.shape[self.component_dim]))
+                state_dict = {**state_dict, prefix + "weight": padded}
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
@@ -160,8 +161,13 @@ class PrefixDown(_PrefixLinear):
         unexpected = args[3]
         if state is not None:
             self.controller.load_slot_state(self.slot, state)
+            if self.controller.has_private(self.slot):  # lora_B is loaded after this
+                self.slot.private_up = self.slot.up.weight.detach()[:, self.slot.rank].clone()
             if prefix + self.STATE in unexpected:
                 unexpected.remove(prefix + self.STATE)
+
+    def _padding(self, like: Tensor) -> Tensor:
+        return self.slot.fresh_down(like)
 
 
 class PrefixUp(_PrefixLinear):
@@ -178,6 +184,13 @@ class PrefixUp(_PrefixLinear):
         if masks is None or masks.learns is None:
             return functional.linear(z, weight)
         return _apply(_Up, z, weight, spread(masks.learns, z))
+
+    def _padding(self, like: Tensor) -> Tensor:
+        padding = torch.zeros_like(like)
+        if self.slot.private_up is not None:
+            padding[:, self.slot.rank] = self.slot.private_up
+            self.slot.private_up = None
+        return padding
 
 
 def _apply(function: type[torch.autograd.Function], *args: Tensor) -> Tensor:

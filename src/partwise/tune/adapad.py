@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
@@ -12,15 +11,15 @@ from typing import Any, cast
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.model import LoraModel
-from torch import Tensor, nn
-from transformers import TrainerCallback
+from torch import nn
 
 from partwise.checkpoint import write_json
 from partwise.checks import InputError, check_rank
 from partwise.ledger import Ledger, Part
 from partwise.tune import truncation
-from partwise.tune._controller import Controller, Slot
+from partwise.tune._controller import Controller
 from partwise.tune._prefix_linear import PrefixDown, PrefixUp
+from partwise.tune._slot import Slot
 from partwise.tune.adapad_settings import AdaPaDSettings
 
 SETTINGS_FILE = "adapad.json"
@@ -75,10 +74,10 @@ class AdaPaDConfig(AdaPaDSettings, LoraConfig):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self.fill_in()
         self._check_budget()
         self._refuse_foreign_fields()
+        super().__post_init__()
         rank_stabilised = bool(cast("LoraConfig", self).use_rslora)
         self._scale = self.lora_alpha / (math.sqrt(self.r) if rank_stabilised else self.r)
         self.lora_alpha = self._scale * self.r
@@ -124,15 +123,16 @@ class AdaPaDConfig(AdaPaDSettings, LoraConfig):
     def _take_over(self, layer: LoraLayer, adapter_name: str, name: str) -> None:
         down = layer.lora_A[adapter_name] if adapter_name in layer.lora_A else None  # noqa: SIM401  (a ModuleDict has no get)
         up = layer.lora_B[adapter_name] if adapter_name in layer.lora_B else None  # noqa: SIM401
-        if type(down) is not nn.Linear or type(up) is not nn.Linear:
+        if type(down) is not nn.Linear or type(up) is not nn.Linear or isinstance(layer.get_base_layer(), nn.MultiheadAttention):
             raise InputError(
                 "unsupported-module",
                 f"{name} is a {type(layer.get_base_layer()).__name__}; AdaPaD adapts linear layers only. Leave it out of target_modules.",
             )
         check_rank(self.r, (up.weight.shape[0], down.weight.shape[1]), name=f"r (at {name})")
-        controller = self._controllers.setdefault(adapter_name, Controller(self, self._scale))
-        if any(slot.name == name for slot in controller.slots):
-            raise InputError("config-used-twice", f"this AdaPaDConfig already drives a model ({name} is taken). Make one config object per model.")
+        if adapter_name not in self._controllers:
+            self._controllers[adapter_name] = Controller(self, self._scale)
+        controller = self._controllers[adapter_name]
+        controller.refuse_second_model(name)
         down.__class__, up.__class__ = PrefixDown, PrefixUp
         controller.add(name, cast("PrefixDown", down), cast("PrefixUp", up), layer.get_base_layer())
 
@@ -149,6 +149,12 @@ class AdaPaDConfig(AdaPaDSettings, LoraConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write ``adapter_config.json`` as a plain LoRA's, and this configuration's own settings to ``adapad.json`` beside it."""
+        if self.inference_mode and not self._controllers:  # peft sets inference_mode when it saves a model
+            raise InputError(
+                "not-attached",
+                "this adapter has a fixed rank: peft added it to layers that carry LoRA already. Call partwise.tune.attach(model, adapter_name) "
+                "before training.",
+            )
         super().save_pretrained(save_directory, **kwargs)
         names = [item.name for item in fields(AdaPaDSettings)] + ["target_r", "budget", "total_steps", "seed"]
         own = {name: getattr(self, name) for name in names}
@@ -209,23 +215,25 @@ def attach(model: nn.Module, adapter_name: str) -> None:
     Raises
     ------
     InputError
-        When the adapter's configuration is not an AdaPaDConfig or the adapter grows already.
+        When the adapter's configuration is not an AdaPaDConfig, or all of the adapter grows already.
     """
     config = cast("Any", model).peft_config.get(adapter_name)
     if not isinstance(config, AdaPaDConfig):
         raise InputError(
             "no-adapad-adapter", f"adapter {adapter_name!r} was not configured with AdaPaDConfig but {type(config).__name__}. Add it with one."
         )
-    for name, layer in truncation.lora_layers(model, adapter_name).items():
+    layers = truncation.lora_layers(model, adapter_name)
+    plain = {name: layer for name, layer in layers.items() if not isinstance(layer.lora_A[adapter_name], PrefixDown)}
+    if not plain:
+        raise InputError("already-attached", f"adapter {adapter_name!r} grows already. Leave attach out.")
+    for name, layer in plain.items():
         layer.scaling[adapter_name] = config._scale
         config._take_over(layer, adapter_name, name)
 
 
 def step_done(model: nn.Module) -> None:
     """Tell the adapter of an optimiser step that torch's hooks cannot see (no correction of young components then)."""
-    controller = controller_of(model)
-    controller._before = []
-    controller.after_step(cast("Any", None))
+    controller_of(model).step_done()
 
 
 def rank_table(model: nn.Module, adapter_name: str | None = None) -> Ledger:
@@ -309,67 +317,3 @@ def truncate(model: PeftModel, *, rank: int | None = None, budget: int | None = 
     finalize(small, adapter_name)
     truncation.compact(small, truncation.plan_cut(small, rank=rank, budget=budget, adapter_name=adapter_name), adapter_name)
     return small
-
-
-class AdaPaDCallback(TrainerCallback):
-    """Optional helper for ``transformers.Trainer``: logs ranks, knows the number of steps, finalises at the end.
-
-    Parameters
-    ----------
-    finalize_at_end : bool
-        Make the adapter a compact plain LoRA when training ends (after the best checkpoint was loaded, where that was asked for).
-    """
-
-    def __init__(self, *, finalize_at_end: bool = True) -> None:
-        self.finalize_at_end = finalize_at_end
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
-        """Tell the configuration how many steps there will be, unless the user said so."""
-        settings = controller_of(model).settings
-        if settings.total_steps is None:
-            settings.total_steps = state.max_steps
-
-    def on_log(self, args: Any, state: Any, control: Any, *, model: nn.Module, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """Add the number of active components to what is logged."""
-        if logs is not None and any(isinstance(module, PrefixDown) for module in model.modules()):
-            logs["adapad_components"] = controller_of(model).num_components
-
-    def on_train_end(self, args: Any, state: Any, control: Any, *, model: nn.Module, **_: Any) -> None:
-        """Finalise the adapter."""
-        if self.finalize_at_end:
-            finalize(model)
-
-
-def level_passes(model: nn.Module) -> Iterator[int]:
-    """Run the body once per level: ``for level in level_passes(model): loss(model(batch)).backward()``.
-
-    This is the exact schedule without repeating the batch in memory. Gradients of different levels fall on different components;
-    a task head collects all of them, so its gradient is divided by the number of levels at the end.
-    """
-    controller = controller_of(model)
-    own = {id(slot.down.weight) for slot in controller.slots} | {id(slot.up.weight) for slot in controller.slots}
-    num_levels = controller.num_levels
-    try:
-        for level in range(1, num_levels + 1):
-            controller.force_level(level)
-            yield level
-    finally:
-        controller.force_level(None)
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.grad is not None and id(parameter) not in own:
-            parameter.grad /= num_levels
-
-
-class RepeatForLevels:
-    """Wrap a data collator so that every sample appears once per level: the exact schedule under a stock ``Trainer``.
-
-    Memory grows with the number of levels. The mean loss is then ``1/K`` of the sum over levels, which Adam does not notice.
-    """
-
-    def __init__(self, collate: Callable[[list[Any]], dict[str, Tensor]], model: nn.Module) -> None:
-        self.collate, self.controller = collate, controller_of(model)
-        self.controller.repeats_levels = True
-
-    def __call__(self, rows: list[Any]) -> dict[str, Tensor]:
-        """Collate and repeat: (batch, ...) -> (batch * levels, ...)."""
-        return {name: value.repeat_interleave(self.controller.num_levels, dim=0) for name, value in self.collate(rows).items()}

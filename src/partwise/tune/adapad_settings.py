@@ -68,8 +68,6 @@ class AdaPaDSettings:
         Train the next component of every module privately before it is activated.
     component_warmup : int or None
         Steps over which a new component's learning rate rises from 0. Left out: half of the growth interval.
-    head_gradient : {"all", "last"}
-        Whether a task head learns from every sample or only from those that see all components.
     """
 
     preset: Literal["ordered", "balanced", "paper"] = "ordered"
@@ -89,7 +87,6 @@ class AdaPaDSettings:
     finish_fraction: float = 0.3
     advance_learning: bool | None = None
     component_warmup: int | None = None
-    head_gradient: Literal["all", "last"] = "all"
 
     def fill_in(self) -> None:
         """Replace what was left out by what the preset says, then refuse values that no model could use."""
@@ -116,7 +113,6 @@ class AdaPaDSettings:
                 raise InputError("setting-out-of-range", f"{name}={value} must lie in [0, 1].")
         check_choice(self.schedule, SCHEDULES, name="schedule")
         check_choice(self.finish, ("deflate", "joint"), name="finish")
-        check_choice(self.head_gradient, ("all", "last"), name="head_gradient")
 
     def rules(self) -> LevelRules:
         """The settings that say who learns from whom, once :meth:`fill_in` has run."""

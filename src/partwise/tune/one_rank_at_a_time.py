@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from partwise.checks import InputError
 from partwise.linalg.compute_schedule import compute_schedule
@@ -46,28 +48,51 @@ class Stages:
         """Number of optimiser steps after which each component is done."""
         return tuple(itertools.accumulate(self.steps))
 
+    def begin(self, controller: Controller, *, fresh: bool = True) -> None:
+        """Freeze the components before the current one and train that one, from its starting values or as it is."""
+        for slot in controller.slots:
+            slot.freeze(self.component)
+            if fresh and self.component > 0:
+                slot.begin(self.component, step=controller.step)
+            slot.rank = self.component + 1
+        controller.force_level(self.component + 1)
+
+    def stop(self, controller: Controller, *, num_kept: int) -> None:
+        """Keep the first ``num_kept`` components (at least one) as they are and train no more."""
+        self.stopped = True
+        for slot in controller.slots:
+            slot.rank = min(slot.rank, max(1, num_kept))
+            slot.clear_waiting()
+            slot.freeze(slot.rank)
+
     def after_step(self, controller: Controller) -> None:
         """Freeze a component whose steps are spent and begin the next, unless the last one did not help."""
         if self.stopped or controller.step != self.ends[self.component]:
             return
+        helped = True
         if self.tol is not None and self.held_out_loss is not None:
             self.losses.append(self.held_out_loss())
-            if self.gain() < self.tol:
-                self.stopped = True
-                controller.drop_component(self.component)
-                return
-        if self.component + 1 < len(self.steps):
-            self.component += 1
-            controller.begin_stage(self.component)
+            helped = self.gain() >= self.tol
+        if not helped or self.component + 1 == len(self.steps):
+            self.stop(controller, num_kept=self.component + helped)
         else:
-            self.stopped = True
-            controller.freeze()
+            self.component += 1
+            self.begin(controller)
+
+    def resume(self, controller: Controller) -> None:
+        """Find the current component from the number of steps and the ranks that were loaded."""
+        self.component = min(bisect.bisect_right(self.ends, controller.step), len(self.steps) - 1)
+        if controller.step >= self.ends[-1] or controller.num_levels <= self.component:
+            self.stop(controller, num_kept=controller.num_levels)
+        else:
+            self.begin(controller, fresh=False)
 
     def gain(self) -> float:
         """Share by which the last component lowered the held-out loss; the first always counts."""
         if len(self.losses) < 2:
             return math.inf
-        return (self.losses[-2] - self.losses[-1]) / abs(self.losses[-2])
+        before, after = self.losses[-2:]
+        return (before - after) / abs(before) if before else 0.0
 
 
 class OneRankAtATime:
@@ -91,16 +116,12 @@ class OneRankAtATime:
     tol : float, optional
         Stop when a component lowers the held-out loss by less than this share; that component is dropped.
     held_out_loss : callable, optional
-        Returns the loss on held-out data; required with ``tol``.
+        Returns the loss on held-out data; required with ``tol``. It is called with the model in evaluation mode and without gradients.
 
     Attributes
     ----------
     model : PeftModel
         What to train.
-    steps : tuple of int
-        Optimiser steps of each component.
-    done : bool
-        True when the last component is frozen or the rule stopped the run.
 
     Raises
     ------
@@ -129,18 +150,22 @@ class OneRankAtATime:
             raise InputError(
                 "tol-needs-loss", f"tol={tol} was given without held_out_loss, which decides when to stop. Pass a function without arguments."
             )
-        stages = Stages(compute_schedule(config.r, num_steps, min_steps=min_steps, alpha=schedule), tol, held_out_loss)
-        adapted = get_peft_model(model, config)  # type: ignore[arg-type]
+        check_tol(tol)
+        steps = compute_schedule(config.r, num_steps, min_steps=min_steps, alpha=schedule)
+        adapted = get_peft_model(model, config)
         assert isinstance(adapted, PeftModel)
-        self.model, self._stages = adapted, stages
-        begin(adapted, stages)
+        asked = None if held_out_loss is None else functools.partial(evaluated, adapted, held_out_loss)
+        self.model, self._stages = adapted, Stages(steps, tol, asked)
+        begin(adapted, self._stages)
 
     @property
     def steps(self) -> tuple[int, ...]:
+        """Optimiser steps of each component."""
         return self._stages.steps
 
     @property
     def done(self) -> bool:
+        """True when the last component is frozen or the rule stopped the run."""
         return self._stages.stopped
 
     @property
@@ -155,7 +180,26 @@ def begin(model: nn.Module, stages: Stages) -> None:
 
     controller = controller_of(model)
     controller.stages = stages
-    controller.begin_stage(0)
+    stages.begin(controller)
+
+
+def check_tol(tol: float | None) -> None:
+    """Refuse a share that no gain can be compared with."""
+    if tol is not None and not 0 <= tol < 1:
+        raise InputError("tol-range", f"tol={tol} must lie in [0, 1). Pass 0.01 to stop when a component gains less than 1 %, or leave it out.")
+
+
+def evaluated(model: nn.Module, loss: Callable[[], float]) -> float:
+    """``loss()`` with the model in evaluation mode and without gradients; its mode comes back, also after an error."""
+    import torch
+
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return float(loss())
+    finally:
+        model.train(was_training)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,8 +238,9 @@ class OneRank(Recipe):
             task_type=plan.task_type,
             seed=plan.seed,
         )
+        check_tol(self.tol)
         steps = self.steps(num_components, plan.num_steps)
-        adapted = get_peft_model(model, config)  # type: ignore[arg-type]
+        adapted = get_peft_model(model, config)
         controller_of(adapted).seal()
         begin(adapted, Stages(steps))
         return adapted
@@ -237,27 +282,19 @@ class OneRank(Recipe):
         stages.losses.append(held_out_loss())
         if stages.gain() >= self.tol:
             return True
-        stages.stopped = True
-        self._controller(model).drop_component(finished)
+        stages.stop(self._controller(model), num_kept=finished)
         return False
 
     def extra_state(self, model: PeftModel) -> dict[str, Tensor]:
-        """Stage and held-out losses, beside what AdaPaD's layers need."""
-        import torch
-
-        controller, stages = self._controller(model), self._stages(model)
-        state = {slot.name: controller.slot_state(slot) for slot in controller.slots}
-        return state | {"stages": torch.tensor([stages.component, stages.stopped, *stages.losses], dtype=torch.float64)}
+        """Step, ages and held-out losses; the stage follows from the step."""
+        controller = self._controller(model)
+        return {slot.name: controller.slot_state(slot) for slot in controller.slots}
 
     def load_extra_state(self, model: PeftModel, tensors: Mapping[str, Tensor]) -> None:
         """Restore what ``extra_state`` returned."""
-        controller, stages = self._controller(model), self._stages(model)
-        stages.component, stages.stopped, stages.losses = int(tensors["stages"][0]), bool(tensors["stages"][1]), tensors["stages"][2:].tolist()
-        controller.begin_stage(stages.component)
+        controller = self._controller(model)
         for slot in controller.slots:
             controller.load_slot_state(slot, tensors[slot.name])
-        if stages.stopped:
-            controller.freeze()
 
     def finish(self, model: PeftModel) -> PeftModel:
         """A compact plain LoRA adapter in singular order."""
@@ -278,5 +315,5 @@ class OneRank(Recipe):
 
         return controller_of(model)
 
-    def _stages(self, model: PeftModel) -> Any:
-        return self._controller(model).stages
+    def _stages(self, model: PeftModel) -> Stages:
+        return cast("Stages", self._controller(model).stages)

@@ -1,4 +1,4 @@
-"""Will an inference server load this adapter, and apply it as it was trained?"""
+"""Whether an inference server loads an adapter and applies it as it was trained."""
 
 from __future__ import annotations
 
@@ -47,15 +47,18 @@ def check_servable(path: str | Path, *, max_lora_rank: int = 16) -> None:
 
 
 def _config_reasons(config: dict[str, Any], max_lora_rank: int) -> list[str]:
+    if config.get("peft_type") != "LORA":
+        return [f"it is of type {config.get('peft_type')} and not LORA"]
     reasons = []
     if config.get("r", 0) > max_lora_rank:
         reasons.append(
             f"its rank {config['r']} is above max_lora_rank={max_lora_rank}: start the server with --max-lora-rank {config['r']}, or truncate"
         )
-    scale = config["lora_alpha"] / config["r"]
+    power = 0.5 if config.get("use_rslora") else 1.0
+    scale = config["lora_alpha"] / config["r"] ** power
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     for name in {*ranks, *alphas}:
-        own = alphas.get(name, config["lora_alpha"]) / ranks.get(name, config["r"])
+        own = alphas.get(name, config["lora_alpha"]) / ranks.get(name, config["r"]) ** power
         if abs(own - scale) > 1e-6 * abs(scale):
             reasons.append(
                 f"{name} is scaled by {own:g} and others by {scale:g}, but a server uses one scale: rewrite it with partwise.tune.finalize"

@@ -166,13 +166,14 @@ def compact(model: nn.Module, kept: Mapping[str, int], adapter_name: str | None 
 def pattern_fields(ranks: Mapping[str, int], scales: Mapping[str, float]) -> dict[str, Any]:
     """``r``, ``lora_alpha`` and the two patterns of a LoraConfig, such that every module's scale is ``lora_alpha / r`` of its own entry."""
     r = max(ranks.values())
+    keys = {name: f"^{name}" if any(other.endswith("." + name) for other in ranks) else name for name in ranks}  # peft matches ends of names
     main_scale = next(scales[name] for name in ranks if ranks[name] == r)
     uneven = [name for name in ranks if ranks[name] != r or scales[name] != main_scale]
     return {
         "r": r,
         "lora_alpha": _whole_number(main_scale * r),
-        "rank_pattern": {name: ranks[name] for name in uneven},
-        "alpha_pattern": {name: _whole_number(scales[name] * ranks[name]) for name in uneven},
+        "rank_pattern": {keys[name]: ranks[name] for name in uneven},
+        "alpha_pattern": {keys[name]: _whole_number(scales[name] * ranks[name]) for name in uneven},
         "use_rslora": False,
         "init_lora_weights": True,
     }
