@@ -12,30 +12,27 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertForSequenceClassification
 
 from partwise.checks import InputError
 from partwise.tune.adalora import AdaLoRA, allocator, rank_masks
 from partwise.tune.eva import EVA
 from partwise.tune.lora import LoRA, lora_ranks
 from partwise.tune.recipe import Plan, Recipe, spread_budget
+from tiny import tiny_bert
 from tolerances import assert_close
 
 NUM_MODULES = 13  # two layers of six, and the pooler
 RECIPES = [LoRA(), AdaLoRA(), EVA()]
 
 
-def bert(seed: int = 0) -> BertForSequenceClassification:
-    torch.manual_seed(seed)
-    config = BertConfig(
-        vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, max_position_embeddings=32, num_labels=3
-    )
-    return BertForSequenceClassification(config).eval()
+def bert() -> BertForSequenceClassification:
+    return tiny_bert(num_labels=3)
 
 
 def batch(step: int, *, rows: int = 8) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(step)
-    ids = torch.randint(1, 60, (rows, 12), generator=generator)
+    ids = torch.randint(5, 26, (rows, 12), generator=generator)
     mask = torch.ones_like(ids)
     mask[:, 9:] = 0
     return {"input_ids": ids, "attention_mask": mask, "labels": ids[:, 0] % 3}
@@ -128,8 +125,8 @@ def test_a_budget_below_one_component_per_module_is_refused():
 
 
 def test_a_budget_above_what_a_weight_can_hold_names_the_module_and_its_limit():
-    with pytest.raises(InputError, match=r"asks for rank 33 in bert.*query, whose weight is 32 x 32; expected at most 32"):
-        LoRA().wrap(bert(), plan(target_r=33))
+    with pytest.raises(InputError, match=r"asks for rank 17 in bert.*query, whose weight is 16 x 16; expected at most 16"):
+        LoRA().wrap(bert(), plan(target_r=17))
 
 
 def test_a_model_without_linear_layers_is_refused():
@@ -248,7 +245,7 @@ def test_eva_starts_at_the_main_directions_of_the_inputs():
         for step in range(4):
             base(**batch(step))
     handle.remove()
-    tokens = torch.cat([inputs[:, :9].reshape(-1, 32) for inputs in rows])  # (tokens, features), padding left out
+    tokens = torch.cat([inputs[:, :9].reshape(-1, 16) for inputs in rows])  # (tokens, features), padding left out
     tokens = tokens - tokens.mean(dim=0)
     model = EVA(rho=1.0, tau=0.9999).wrap(bert(), plan())
     wrapped: Any = model.get_base_model().get_submodule("bert.encoder.layer.0.intermediate.dense")

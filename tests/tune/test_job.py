@@ -191,7 +191,7 @@ def test_a_folder_in_use_is_refused_before_anything_slow_happens(tmp_path: Path,
     with pytest.raises(InputError, match="run is not empty, expected a new or an empty folder"):
         run_tiny(LoRA(), Path("/no/such/model"), reviews, out=tmp_path / "run")
     (tmp_path / "run" / "run.json").write_text("{}")
-    with pytest.raises(InputError, match="run already holds a run, expected a new folder. Pass --resume"):
+    with pytest.raises(InputError, match=r"run already holds a run, expected a new folder\. Pass --resume"):
         run_tiny(LoRA(), Path("/no/such/model"), reviews, out=tmp_path / "run")
 
 
@@ -205,7 +205,7 @@ def test_a_regression_is_measured_by_correlation(tmp_path: Path, model_folder: P
 
 
 def test_a_causal_model_is_measured_by_perplexity(tmp_path: Path, causal_model_folder: Path):
-    rows = [{"prompt": "is it good", "completion": "yes it is" if index % 2 else "no it is bad"} for index in range(40)]
+    rows = [{"prompt": "is the film good", "completion": "yes very good" if index % 2 else "no the film is bad"} for index in range(40)]
     path = tmp_path / "chat.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     summary = run_tiny(LoRA(), causal_model_folder, path, out=tmp_path / "run", task="causal-lm", max_steps=20)
