@@ -117,24 +117,40 @@ class Controller:
         """Check the budget once all modules are known."""
         if self._sealed or not self.slots:
             return
+        self._sealed = True
         settings, num_modules = self.settings, len(self.slots)
+        if settings.budget is None:
+            return
         low, high = num_modules * settings.init_r, num_modules * settings.r
-        if not low <= self.budget <= high:
+        if not low <= settings.budget <= high:
             raise InputError(
                 "budget-out-of-range",
-                f"budget={self.budget} components cannot be dealt to {num_modules} modules of rank {settings.init_r} to {settings.r}: "
+                f"budget={settings.budget} components cannot be dealt to {num_modules} modules of rank {settings.init_r} to {settings.r}: "
                 f"it must be between {low} and {high}. Change budget, or raise r.",
             )
-        self._sealed = True
+
+    def costs(self) -> list[int]:
+        """Price of one component of each module: 1 under ``budget``, its parameters under ``target_r``."""
+        return [slot.component_parameters if self.settings.budget is None else 1 for slot in self.slots]
 
     @property
     def budget(self) -> int:
-        """Components over all modules."""
+        """What all components together may cost; under ``target_r`` the parameters of a LoRA adapter of that rank."""
         if self.settings.budget is not None:
             return self.settings.budget
         target = 2.0 if self.settings.target_r is None else self.settings.target_r
         target = min(max(target, self.settings.init_r), self.settings.r)
-        return math.floor(target * len(self.slots) + 1e-9)
+        return math.floor(target * sum(self.costs()) + 1e-9)
+
+    @property
+    def remaining(self) -> int:
+        """Budget that is not spent yet."""
+        return self.budget - sum(slot.rank * cost for slot, cost in zip(self.slots, self.costs(), strict=True))
+
+    @property
+    def orders_components(self) -> bool:
+        """Whether training itself puts useful components first."""
+        return self.stages is not None or self.rules.schedule != "joint"
 
     @property
     def num_components(self) -> int:
@@ -147,7 +163,8 @@ class Controller:
 
     @property
     def growth_is_over(self) -> bool:
-        return self.num_components >= self.budget
+        remaining = self.remaining
+        return not any(slot.rank < self.settings.r and cost <= remaining for slot, cost in zip(self.slots, self.costs(), strict=True))
 
     # ------------------------------------------------------------------ levels of samples
     def force_level(self, level: int | None) -> None:
@@ -188,9 +205,7 @@ class Controller:
         key = (slot.index, self._batch, x.device)
         if key not in self._mask_cache:
             weight = 0.0 if self.stages is not None else self.rules.successor_weight
-            self._mask_cache[key] = make_masks(
-                levels, rank=slot.rank, private=self.has_private(slot), successor_weight=weight, device=x.device
-            )
+            self._mask_cache[key] = make_masks(levels, rank=slot.rank, private=self.has_private(slot), successor_weight=weight, device=x.device)
         return self._mask_cache[key]
 
     def _begin_forward(self) -> None:
@@ -329,7 +344,8 @@ class Controller:
     def pace(self) -> _growth.Pace:
         """When modules grow and how many at a time."""
         settings, num_modules = self.settings, len(self.slots)
-        missing = math.ceil((self.budget - num_modules * settings.init_r) / settings.growth_step)
+        costs = self.costs()
+        missing = math.ceil((self.budget - settings.init_r * sum(costs)) * num_modules / sum(costs) / settings.growth_step)
         return _growth.pace(
             missing, num_modules, total_steps=settings.total_steps,
             interval=settings.growth_interval, warmup=settings.growth_warmup, modules=settings.growth_modules,
@@ -362,13 +378,13 @@ class Controller:
         ranks = [slot.rank for slot in self.slots]
         scores = _growth.module_scores(self._mean, self._variability, ranks)  # (modules,)
         room = [slot for slot in self.slots if slot.rank < settings.r]
-        remaining = self.budget - sum(ranks)
-        chosen = spend([float(scores[slot.index]) for slot in room], [1] * len(room), budget=remaining, limit=self.pace.modules)
-        for index in chosen:
-            slot = room[index]
-            gain = min(settings.growth_step, settings.r - slot.rank, remaining)
+        remaining, costs = self.remaining, self.costs()
+        prices = [costs[slot.index] for slot in room]
+        for index in spend([float(scores[slot.index]) for slot in room], prices, budget=remaining, limit=self.pace.modules):
+            slot, price = room[index], prices[index]
+            gain = min(settings.growth_step, settings.r - slot.rank, remaining // price)
             ranks[slot.index] += gain
-            remaining -= gain
+            remaining -= gain * price
         private = {slot.index for slot in self.slots if self.has_private(slot)}
         for slot, rank in zip(self.slots, agree(ranks, self.slots[0].down.weight.device), strict=True):
             self._activate(slot, rank, had_private=slot.index in private)

@@ -47,6 +47,11 @@ class Slot:
         num_inputs = self.down.weight.shape[1]
         return (torch.rand(num_inputs, generator=generator) * 2 - 1) / math.sqrt(num_inputs)
 
+    @property
+    def component_parameters(self) -> int:
+        """Numbers in one component: in features plus out features."""
+        return int(self.down.weight.shape[1] + self.up.weight.shape[0])
+
     def begin(self, component: int, *, step: int) -> None:
         """Give ``component`` (from 0) its starting values: a fresh row of ``lora_A``, and zero in ``lora_B``."""
         self.births[component] = step

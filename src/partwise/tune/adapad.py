@@ -265,15 +265,16 @@ def rank_table(model: nn.Module, adapter_name: str | None = None) -> Ledger:
     return Ledger(tuple(parts))
 
 
-def finalize(model: nn.Module, adapter_name: str | None = None, *, singular_order: bool = True) -> nn.Module:
+def finalize(model: nn.Module, adapter_name: str | None = None, *, singular_order: bool | None = None) -> nn.Module:
     """End growth and make the adapter an ordinary, compact peft LoRA, in place.
 
     Parameters
     ----------
     model : nn.Module
         Model with an AdaPaD adapter. A plain LoRA adapter is accepted and only rotated.
-    singular_order : bool
-        Rotate each module to its singular components, so that trailing ones are the least useful. The function stays.
+    singular_order : bool, optional
+        Rotate each module to its singular components, so that trailing ones are the least useful; the function stays. Left out: only
+        where training gave the components no order (``schedule="joint"``, and plain LoRA that AdaPaD did not train).
 
     Returns
     -------
@@ -283,20 +284,25 @@ def finalize(model: nn.Module, adapter_name: str | None = None, *, singular_orde
     adapter = adapter_name or truncation.active_adapter(model)
     layers = truncation.lora_layers(model, adapter)
     kept = {}
+    in_order = getattr(cast("Any", model).peft_config[adapter], "partwise_in_order", False)
     for name, layer in layers.items():
         down, up = layer.lora_A[adapter], layer.lora_B[adapter]
         if isinstance(down, PrefixDown) and isinstance(up, PrefixUp):
+            in_order = down.controller.orders_components
             down.controller.release()
             down.unbind()
             up.unbind()
         kept[name] = int(down.weight.shape[0])
     truncation.compact(model, kept, adapter)
-    if singular_order:
+    if singular_order or (singular_order is None and not in_order):
         truncation.singular_order(model, adapter)
+    cast("Any", model).peft_config[adapter].partwise_in_order = True  # in memory only: truncate() need not rotate
     return model
 
 
-def truncate(model: PeftModel, *, rank: int | None = None, budget: int | None = None, adapter_name: str | None = None) -> PeftModel:
+def truncate(
+    model: PeftModel, *, rank: int | None = None, budget: int | None = None, adapter_name: str | None = None, singular_order: bool | None = None
+) -> PeftModel:
     """A smaller adapter on the same frozen base: trailing components dropped.
 
     Parameters
@@ -307,6 +313,10 @@ def truncate(model: PeftModel, *, rank: int | None = None, budget: int | None = 
         Keep at most this many components in every module.
     budget : int, optional
         Keep this many over all modules, at least one in each, where they carry most energy.
+    adapter_name : str, optional
+        Left out: the active adapter.
+    singular_order : bool, optional
+        As in :func:`finalize`. An adapter that was loaded from a folder carries no sign of its order and is rotated.
 
     Returns
     -------
@@ -314,6 +324,6 @@ def truncate(model: PeftModel, *, rank: int | None = None, budget: int | None = 
         A plain LoRA model that shares the base weights with ``model``.
     """
     small = truncation.copy_sharing_base(model, adapter_name)
-    finalize(small, adapter_name)
+    finalize(small, adapter_name, singular_order=singular_order)
     truncation.compact(small, truncation.plan_cut(small, rank=rank, budget=budget, adapter_name=adapter_name), adapter_name)
     return small

@@ -33,7 +33,7 @@ class AdaPaDSettings:
 
     Parameters
     ----------
-    preset : {"ordered", "balanced", "paper"}
+    preset : {"balanced", "ordered", "paper"}
         Fills in the settings below that are left out: schedule, successor_weight, top_share, joint_start, finish, advance_learning.
     r : int
         Largest rank of a module.
@@ -70,7 +70,7 @@ class AdaPaDSettings:
         Steps over which a new component's learning rate rises from 0. Left out: half of the growth interval.
     """
 
-    preset: Literal["ordered", "balanced", "paper"] = "ordered"
+    preset: Literal["balanced", "ordered", "paper"] = "balanced"
     r: int = 4
     init_r: int = 1
     growth_interval: int | None = None
