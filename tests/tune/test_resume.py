@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -93,6 +94,27 @@ def test_how_often_checkpoints_are_written_does_not_change_the_result(tmp_path: 
     for every in (1, 100):
         run_tiny(AdaLoRA(), model_folder, reviews, out=tmp_path / str(every), checkpoint_every=every)
     assert_same_run(tmp_path / "1", tmp_path / "100")
+
+
+def test_a_full_disk_keeps_what_was_saved_and_the_run_goes_on_once_there_is_room(
+    tmp_path: Path, model_folder: Path, reviews: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run_tiny(LoRA(), model_folder, reviews, out=tmp_path / "whole")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def fill_disk(phase: str, done: int, total: int, loss: float | None) -> None:
+        if phase == "training" and done == 7:
+            monkeypatch.setattr("os.fsync", full)
+
+    with pytest.raises(RunError, match="No space left on device") as stopped:
+        run_tiny(LoRA(), model_folder, reviews, out=tmp_path / "cut", report=fill_disk)
+    assert stopped.value.code == "disk-full"
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()] == ["step-00000004"]
+    run_tiny(LoRA(), model_folder, reviews, out=tmp_path / "cut", resume=True)
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
 def test_ctrl_c_saves_after_the_step_and_the_run_goes_on_from_there(tmp_path: Path, model_folder: Path, reviews: Path):

@@ -9,6 +9,7 @@ import dataclasses
 import importlib.metadata
 import logging
 import platform
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,21 +206,33 @@ def tune(
     data = data or DataSettings()
     job = prepare(recipe, settings, data, name=name, task_data=task_data, report=report)
     header = run_header(job, data, command=command)
-    run = RunFolder.resume(out, header) if resume else RunFolder.create(out, header)
+    is_new = not out.exists()
     try:
-        return work(job, run, resume=resume, checkpoint_every=checkpoint_every)
+        run = RunFolder.resume(out, header) if resume else RunFolder.create(out, header)
+        return work(job, run, checkpoint_every=checkpoint_every)
     except KeyboardInterrupt:
         run.set_status("interrupted")
         raise Stopped(out) from None
+    except Exception:
+        if is_new and not has_started(out):
+            shutil.rmtree(out, ignore_errors=True)
+        raise
 
 
-def work(job: Job, run: RunFolder, *, resume: bool, checkpoint_every: int) -> dict[str, Any]:
+def has_started(out: Path) -> bool:
+    """Whether a run has taken a step, so that its folder is worth keeping."""
+    from partwise.runs import RunFolder
+
+    return RunFolder.exists(out) and any(row["kind"] == "train" for row in RunFolder(out).metrics())
+
+
+def work(job: Job, run: RunFolder, *, checkpoint_every: int) -> dict[str, Any]:
     """From an open run folder to its summary: measure, train, finish."""
     from partwise.checkpoint import latest_checkpoint, read_json
     from partwise.tune._loop import LoopSettings, train
     from partwise.tune._result import finish_run, publish
 
-    if resume and run.status == "finished" and run.summary.exists():
+    if run.status == "finished" and run.summary.exists():
         summary: dict[str, Any] = read_json(run.summary)
         return summary if run.report.exists() else publish(run, summary)
     run.set_status("running")
