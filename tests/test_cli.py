@@ -278,11 +278,11 @@ def test_ctrl_c_saves_says_how_to_resume_and_exits_with_130(tmp_path: Path, tiny
     flags = tiny_flags(tiny_model_folder, reviews, max_steps=3000)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "partwise", "tune", "lora", *flags, "--out", str(out)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and (not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("train") < 5):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and (not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("train") < 5):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate()
     assert process.returncode == 130, said
     assert f"--out {out} --resume" in said
     assert "Traceback" not in said

@@ -173,14 +173,30 @@ def test_a_checkpoint_of_other_shapes_is_refused(tmp_path: Path, model_folder: P
         run_tiny(LoRA(), model_folder, reviews, out=tmp_path / "small", budget=13, resume=True)
 
 
-def start(arguments: list[str]) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "partwise", *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "partwise", *map(str, arguments)]
 
 
-def rows_of(run: Path) -> int:
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def run_to_the_end(*arguments: object) -> None:
+    done = subprocess.run(command(*arguments), env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def num_rows(run: Path) -> int:
     path = run / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def run_and_kill(*arguments: object, run: Path, threshold: int, delay_s: float) -> None:
+    """Start a run and kill it a moment after it has written ``threshold`` rows."""
+    with subprocess.Popen(command(*arguments), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and num_rows(run) < threshold:
+            time.sleep(0.002)
+        time.sleep(delay_s)
+        process.kill()
 
 
 @pytest.mark.slow
@@ -188,17 +204,10 @@ def rows_of(run: Path) -> int:
 def test_kill_9_at_random_moments_leaves_the_same_bits(method: str, tmp_path: Path, model_folder: Path, reviews: Path):
     generator = random.Random(method)
     flags = tiny_flags(model_folder, reviews, max_steps=NUM_STEPS * 4)
-    whole = start(["tune", method, *flags, "--out", str(tmp_path / "whole")])
-    assert whole.wait(timeout=120) == 0, whole.stderr.read()
-    total = rows_of(tmp_path / "whole")
-    for threshold in sorted(generator.sample(range(1, total), 3)):
-        resume = ["--resume"] if RunFolder.exists(tmp_path / "cut") else []
-        process = start(["tune", method, *flags, "--out", str(tmp_path / "cut"), *resume])
-        while process.poll() is None and rows_of(tmp_path / "cut") < threshold:
-            time.sleep(0.002)
-        time.sleep(generator.random() * 0.02)
-        process.kill()
-        process.communicate()
-    last = start(["tune", "--out", str(tmp_path / "cut"), "--resume"])
-    assert last.wait(timeout=120) == 0, last.stderr.read()
-    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run_to_the_end("tune", method, *flags, "--out", whole)
+    for threshold in sorted(generator.sample(range(1, num_rows(whole)), 3)):
+        resume = ["--resume"] if RunFolder.exists(cut) else []
+        run_and_kill("tune", method, *flags, "--out", cut, *resume, run=cut, threshold=threshold, delay_s=generator.random() * 0.02)
+    run_to_the_end("tune", "--out", cut, "--resume")
+    assert_same_run(cut, whole)
