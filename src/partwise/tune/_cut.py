@@ -93,14 +93,16 @@ def load_job(folder: RunFolder) -> Job:
 
 
 def cut(job: Job, folder: RunFolder, *, rank: int | None, budget: int | None, out: Path) -> dict[str, Any]:
-    """Measure, rotate to singular order, cut, measure again, save."""
+    """Measure, cut in the order that the run's method leaves or else in singular order, measure again, save."""
+    from partwise.checkpoint import read_json
     from partwise.tune._result import WEIGHTS, build_ledger, count_parameters, model_card, save_adapter
     from partwise.tune.truncation import compact, plan_cut, ranks_of, singular_order
 
     scores_before = job.evaluate()
     metric_name, before = next(iter(scores_before.items()))
     first_ranks = ranks_of(job.model)
-    singular_order(job.model)
+    if read_json(folder.summary)["cut"] == "by SVD":
+        singular_order(job.model)
     compact(job.model, plan_cut(job.model, rank=rank, budget=budget))
     scores = job.evaluate()
     ledger = build_ledger(job.model, first_ranks=first_ranks)

@@ -59,6 +59,7 @@ def finish_run(job: Job, run: RunFolder, progress: Progress, *, metric_before: f
         "ranks": ranks_of(model),
         "kept_rank_curve": curve,
         "kept_rank_curve_svd": curve_svd,
+        "cut": "as it stands" if job.recipe.orders_components else "by SVD",
         "seconds": progress.seconds,
         "seconds_per_step": progress.seconds_per_step,
         "num_steps": progress.step,
@@ -189,7 +190,7 @@ A plain LoRA adapter for `{base}`; load it with `peft.PeftModel.from_pretrained(
 | method | `{job.recipe!r}` |
 | data | {job.data.name} ({len(job.data.train)} rows to train on, {len(job.data.valid)} held out) |
 | task | {job.data.task} |
-| steps, batch size, peak learning rate, seed | {job.settings.max_steps}, {job.settings.batch_size}, {job.settings.lr:g}, {job.settings.seed} |
+| steps, batch size, peak learning rate, seed | {job.settings.max_steps}, {job.settings.batch_size}, {job.settings.peak_lr:g}, {job.settings.seed} |
 | {metric_name} on held-out rows, before | {before:.4f} |
 | {metric_name} on held-out rows, after | {after:.4f} |
 | numbers saved | {size["parameters"]:,} |

@@ -33,7 +33,7 @@ def summary_parts(summary: Mapping[str, Any]) -> Iterator[RenderableType]:
 
 
 def curve_table(summary: Mapping[str, Any]) -> Table:
-    """What the adapter loses when it is cut to rank 1, 2, ...: as it stands, and rotated to singular order first (as ``truncate`` does)."""
+    """What the adapter loses when it is cut to rank 1, 2, ...: as it stands, and rotated to singular order first; the column that ``truncate`` follows is marked."""
     from rich.table import Table
 
     from partwise.report import format_bytes
@@ -43,9 +43,10 @@ def curve_table(summary: Mapping[str, Any]) -> Table:
         "cut to rank",
         "numbers",
         "bytes",
-        f"{summary['metric_name']}, cut as it stands",
-        "cut by singular value",
+        f"{summary['metric_name']}, cut as it stands{' *' * (summary['cut'] == 'as it stands')}",
+        f"cut by SVD{' *' * (summary['cut'] == 'by SVD')}",
         title="what a smaller adapter loses",
+        caption="* what `partwise tune truncate` does",
         box=None,
     )
     for point, rotated in zip(summary["kept_rank_curve"], summary["kept_rank_curve_svd"], strict=True):

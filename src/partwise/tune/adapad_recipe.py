@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
 from partwise.tune.adapad_settings import AdaPaDSettings
@@ -29,6 +29,13 @@ class AdaPaD(Recipe):
     """
 
     settings: AdaPaDSettings = field(default_factory=AdaPaDSettings)
+
+    @property
+    def orders_components(self) -> bool:
+        """True for every schedule but the joint one."""
+        settings = replace(self.settings)
+        settings.fill_in()
+        return settings.schedule != "joint"
 
     def wrap(self, model: nn.Module, plan: Plan) -> PeftModel:
         """Install growing layers and check the budget against them."""

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DEFAULT_TARGET_R = 2.0
+BUILT_IN_LR, OTHER_LR = 6e-3, 5e-4
 SPLIT_SEED = 0  # the held-out rows stay the same whatever the seed of the run
 NUM_CALIBRATION_BATCHES = 8
 EVAL_BATCH_SIZE = 64
@@ -53,8 +54,9 @@ class TuneSettings:
         Rank-one components over all modules together. Excludes ``target_r``.
     max_steps : int
         Optimiser steps.
-    lr : float
-        Peak learning rate of AdamW; it warms up over 6 % of the steps and then falls to 0.
+    lr : float or None
+        Peak learning rate of AdamW; it warms up over 6 % of the steps and then falls to 0. Left out: 0.006 for the small built-in
+        encoder, 0.0005 for any other model.
     batch_size : int
         Rows of one step.
     weight_decay : float
@@ -68,12 +70,22 @@ class TuneSettings:
     model: str | None = None
     target_r: float | None = None
     budget: int | None = None
-    max_steps: int = 300
-    lr: float = 3e-3
-    batch_size: int = 32
+    max_steps: int = 200
+    lr: float | None = None
+    batch_size: int = 16
     weight_decay: float = 0.0
     seed: int = 0
     device: str | None = None
+
+    @property
+    def usual_lr(self) -> float:
+        """Peak learning rate where none is given. The built-in task's is the best of plain LoRA's own grid (``benchmarks/tune_quality.py``)."""
+        return BUILT_IN_LR if self.model is None else OTHER_LR
+
+    @property
+    def peak_lr(self) -> float:
+        """Peak learning rate of the run."""
+        return self.usual_lr if self.lr is None else self.lr
 
     def check(self) -> None:
         """Refuse values that no run could use."""
@@ -92,8 +104,8 @@ class TuneSettings:
         for name, (value, least) in limits.items():
             if value is not None and value < least:
                 raise InputError("setting-out-of-range", f"--{name.replace('_', '-')} is {value:g}, expected at least {least}. Raise it.")
-        if not 0 < self.lr < float("inf"):
-            raise InputError("setting-out-of-range", f"--lr is {self.lr:g}, expected a number above 0. Try 0.003.")
+        if not 0 < self.peak_lr < float("inf"):
+            raise InputError("setting-out-of-range", f"--lr is {self.peak_lr:g}, expected a number above 0. Try {self.usual_lr:g}.")
         if not 0 <= self.weight_decay < float("inf"):
             raise InputError("setting-out-of-range", f"--weight-decay is {self.weight_decay:g}, expected 0 or more. Try 0.")
 
@@ -246,7 +258,9 @@ def work(job: Job, run: RunFolder, *, checkpoint_every: int) -> dict[str, Any]:
         job.recipe,
         job.plan,
         batches=job.batches,
-        settings=LoopSettings(lr=job.settings.lr, weight_decay=job.settings.weight_decay, seed=job.settings.seed, checkpoint_every=checkpoint_every),
+        settings=LoopSettings(
+            lr=job.settings.peak_lr, weight_decay=job.settings.weight_decay, seed=job.settings.seed, checkpoint_every=checkpoint_every
+        ),
         run=run,
         checkpoint=checkpoint,
         held_out_loss=lambda: job.evaluate()["loss"],

@@ -221,6 +221,11 @@ class OneRank(Recipe):
     more_first: float = 0.0
     tol: float | None = None
 
+    @property
+    def orders_components(self) -> bool:
+        """Earlier components were trained on what mattered most."""
+        return True
+
     def wrap(self, model: nn.Module, plan: Plan) -> PeftModel:
         """Install layers of the full rank with one component active."""
         from peft import get_peft_model

@@ -69,6 +69,11 @@ class Recipe:
         """Install the adapter on the freshly loaded base ``model``. The base may be changed in place."""
         raise NotImplementedError
 
+    @property
+    def orders_components(self) -> bool:
+        """Whether training puts useful components first, so that a cut needs no rotation to singular order before it."""
+        return False
+
     def lr_factor(self, step: int, plan: Plan) -> float:
         """Learning rate of ``step`` (from 0) as a share of the peak: linear warm-up over 6 % of the steps, then linear decay to 0."""
         num_warmup = max(1, math.ceil(WARMUP_SHARE * plan.num_steps))
