@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import rows
+from partwise.checkpoint import read_json
+from partwise.tune._data import DataSettings, read_task_data
 from partwise.tune.adalora import AdaLoRA
 from partwise.tune.adapad_recipe import AdaPaD
 from partwise.tune.adapad_settings import PRESETS, AdaPaDSettings
-from partwise.tune.compare import compare
+from partwise.tune.compare import comparison_rows
 from partwise.tune.increlora import IncreLoRA
-from partwise.tune.job import TuneSettings
+from partwise.tune.job import SPLIT_SEED, TuneSettings, tune
 from partwise.tune.lora import LoRA
 from partwise.tune.recipe import Recipe
 
@@ -52,15 +54,30 @@ def at_rank(entry: Mapping[str, Any], rank: int) -> list[float] | None:
     return [curve[rank] for curve in points] if all(rank in curve for curve in points) else None
 
 
-def quality(num_seeds: int, target_r: float, runs: Path) -> None:
-    """Run the comparison and append its rows."""
+def measure(methods: Mapping[str, Recipe], settings: TuneSettings, seeds: Sequence[int], runs: Path) -> None:
+    """Train every method with every seed, seed by seed; finished runs are left as they are."""
+    examples = read_task_data(DataSettings(), seed=SPLIT_SEED)
+    for seed in seeds:
+        for name, recipe in methods.items():
+            place = runs / f"{name.replace(' ', '-')}-{seed}"
+            if not (place / "summary.json").exists():
+                tune(recipe, replace(settings, seed=seed), name=name, out=place, resume=(place / "run.json").exists(), task_data=examples)
+
+
+def quality(num_seeds: int, target_r: float, runs: Path, *, only: int | None) -> None:
+    """Run the comparison, or only one seed of it, and append the rows once all runs are there."""
     start = time.perf_counter()
     methods = recipes(r=max(4, int(2 * target_r)))
     settings = TuneSettings(target_r=target_r, **TASK)
-    out = runs / f"target-r-{target_r:g}"
-    summary = compare(methods, settings, num_seeds=num_seeds, out=out, resume=(out / "run.json").exists())
-    seconds = time.perf_counter() - start
-    table = {entry["method"]: entry for entry in summary["comparison"]}
+    seeds = range(num_seeds)
+    runs = runs / f"target-r-{target_r:g}"
+    measure(methods, settings, seeds if only is None else [only], runs)
+    if only is not None:
+        return
+    summaries = {name: [read_json(runs / f"{name.replace(' ', '-')}-{seed}" / "summary.json") for seed in seeds] for name in methods}
+    table = {entry["method"]: entry for name in methods for entry in comparison_rows(name, summaries[name], seeds=seeds)}
+    seconds = sum(summary["seconds"] for group in summaries.values() for summary in group) + time.perf_counter() - start
+    summary = summaries["lora"][0]
     lora, size = table["lora"], f"target rank {target_r:g}, {settings.max_steps} steps"
     common: dict[str, Any] = {"unit": summary["metric_name"], "seeds": lora["seeds"], "seconds": seconds}
     for preset in PRESETS:
@@ -120,7 +137,6 @@ def quality(num_seeds: int, target_r: float, runs: Path) -> None:
 def grid(num_seeds: int, runs: Path) -> None:
     """Tune LoRA's learning rate, the one that everybody then gets."""
     from partwise.checks import RunError
-    from partwise.tune.job import tune
 
     for lr in GRID:
         start = time.perf_counter()
@@ -157,6 +173,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--target-r", type=float, default=2.0)
+    parser.add_argument("--only", type=int, help="train one seed and append nothing: several processes can share the work")
     parser.add_argument("--grid", action="store_true")
     parser.add_argument("--runs", type=Path, default=rows.ROOT / "runs" / "bench-tune-quality")
     options = parser.parse_args()
@@ -164,4 +181,4 @@ if __name__ == "__main__":
     if options.grid:
         grid(2, options.runs)
     else:
-        quality(options.seeds, options.target_r, options.runs)
+        quality(options.seeds, options.target_r, options.runs, only=options.only)

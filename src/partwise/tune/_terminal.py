@@ -33,7 +33,7 @@ def summary_parts(summary: Mapping[str, Any]) -> Iterator[RenderableType]:
 
 
 def curve_table(summary: Mapping[str, Any]) -> Table:
-    """What the adapter loses when it is cut to rank 1, 2, ...: as it stands, and rotated to singular order first; the column that ``truncate`` follows is marked."""
+    """What the adapter loses when it is cut to rank 1, 2, ...: as it stands, and by SVD; what ``truncate`` does is marked."""
     from rich.table import Table
 
     from partwise.report import format_bytes
