@@ -84,6 +84,7 @@ def test_help_of_a_method_explains_each_flag(method: str, capsys: pytest.Capture
     ):
         assert flag in said
     assert "Peak learning rate of AdamW" in said
+    assert "References" not in said
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["tune", "--help"], ["tune", "adapad", "--help"], ["tune", "truncate", "--help"]])
@@ -134,6 +135,12 @@ def test_a_mistake_is_one_line_with_a_code_on_standard_error(
     assert said.err.startswith(message), said.err
     assert said.out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    program = f"{sys.executable} -m partwise tune lora --help | head -c 1"
+    done = subprocess.run(program, shell=True, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
 
 
 def test_an_error_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch):

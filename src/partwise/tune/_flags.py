@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import io
 import re
 import shlex
@@ -111,7 +112,7 @@ def read_tune_flags(arguments: list[str]) -> tuple[str, Any]:
     config.pop("method", None)
     recipe = recipe_class(name)
     kind = tune_flags(recipe)
-    prog, about = f"partwise tune {name}", (recipe.__doc__ or "").strip()
+    prog, about = f"partwise tune {name}", description(recipe)
     defaults = kind()
     if stored:
         if name != stored["method"]:
@@ -123,6 +124,11 @@ def read_tune_flags(arguments: list[str]) -> tuple[str, Any]:
     if config:
         defaults = parse(kind, config_arguments(config, defaults), prog=prog, about=about, default=defaults)
     return name, parse(kind, rest, prog=prog, about=about, default=defaults)
+
+
+def description(kind: type[Any]) -> str:
+    """Docstring of a class without its sections (Parameters, References), which help shows elsewhere or not at all."""
+    return re.split(r"\n\s*\w+\n\s*-{3,}", inspect.getdoc(kind) or "")[0].strip()
 
 
 def from_settings(kind: type[Any], settings: Mapping[str, Any]) -> Any:
