@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,10 +12,12 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional
 
-from partwise.tune import AdaPaDConfig
+from partwise.linalg.rank_one import exact_parts, reduce_regression
+from partwise.tune import AdaPaDConfig, level_passes
 from partwise.tune._controller import Controller
 from partwise.tune.adapad import controller_of
 
+SPECTRUM = (3, 1.8, 1, 0.5, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1)
 SIZES = (6, 8, 8, 5)
 LAYERS = ["0", "2", "4"]
 PLAIN: dict[str, Any] = {"successor_weight": 0.0, "top_share": 0.0, "joint_start": 0.0, "finish": "deflate", "advance_learning": False}
@@ -24,7 +27,7 @@ def mlp(*, seed: int = 0, sizes: tuple[int, ...] = SIZES, dtype: torch.dtype = t
     """Linear layers named 0, 2, 4, ... with GELU between them."""
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
-    for num_inputs, num_outputs in zip(sizes[:-1], sizes[1:], strict=True):
+    for num_inputs, num_outputs in itertools.pairwise(sizes):
         layers += [nn.Linear(num_inputs, num_outputs), nn.GELU()]
     return nn.Sequential(*layers[:-1]).to(dtype)
 
@@ -163,5 +166,38 @@ def levels_in_use(model: Any, batch: int) -> Tensor:
     return levels.expand(batch)
 
 
-def schedules() -> Iterator[str]:
-    yield from ("exact", "split", "cycle", "joint")
+def spectrum_problem(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Inputs (64, 12) and targets (64, 10) whose best linear map has the singular values 3, 1.8, 1, 0.5, then six of 0.1."""
+    generator = torch.Generator().manual_seed(3)
+    q = torch.linalg.qr(torch.randn(64, 12, generator=generator, dtype=dtype)).Q
+    u = torch.linalg.qr(torch.randn(10, 10, generator=generator, dtype=dtype)).Q
+    v = torch.linalg.qr(torch.randn(12, 10, generator=generator, dtype=dtype)).Q
+    values = torch.tensor(SPECTRUM, dtype=dtype)
+    return q, q @ (u @ torch.diag(values) @ v.T).T
+
+
+def fit_one_layer(schedule: str, num_steps: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Adam on one layer with four components and no growth. Returns inputs, targets, lora_A and lora_B."""
+    x, y = spectrum_problem()
+    base = nn.Sequential(nn.Linear(12, 10, bias=False)).to(torch.float64)
+    base[0].weight.data.zero_()
+    model = grower(base, schedule=schedule, r=4, init_r=4, target_r=4, lora_alpha=4)
+    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    for step in range(num_steps):
+        for group in optimiser.param_groups:
+            group["lr"] = 2e-2 * (1 - step / num_steps)
+        for _ in level_passes(model) if schedule == "exact" else (None,):
+            (functional.mse_loss(model(x), y) * 100).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    slot = controller_of(model).slots[0]
+    return x, y, slot.down.weight.detach(), slot.up.weight.detach()
+
+
+def component_errors(x: Tensor, y: Tensor, down: Tensor, up: Tensor) -> list[float]:
+    """Distance of each component's map, applied to the inputs, from the exact one, over its singular value."""
+    regression = reduce_regression(x.T, y.T)
+    exact = exact_parts(regression.target, num_components=4)
+    maps = [torch.outer(up[:, k], down[k]) @ x.T for k in range(4)]
+    wanted = [torch.outer(exact.left[k], exact.scaled_right[k]) @ regression.basis.T for k in range(4)]
+    return [float((found - known).norm() / value) for found, known, value in zip(maps, wanted, exact.singular_values, strict=False)]

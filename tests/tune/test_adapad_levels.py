@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adapters import LAYERS, data, grower, levels_in_use, lora, loss_of, mlp, own_gradients, relative_error, train, truncated_gradients
 from peft import LoraConfig, get_peft_model
-from tolerances import assert_close
 from torch.nn import functional
 
-from partwise.linalg.rank_one import reduce_regression
+from adapters import (
+    LAYERS,
+    SPECTRUM,
+    component_errors,
+    data,
+    fit_one_layer,
+    grower,
+    levels_in_use,
+    lora,
+    loss_of,
+    mlp,
+    own_gradients,
+    relative_error,
+    train,
+    truncated_gradients,
+)
 from partwise.tune import RepeatForLevels, level_passes
 from partwise.tune._levels import deal_levels
 from partwise.tune.adapad import controller_of
+from tolerances import assert_close
 
 X, Y = data(12)
 
@@ -79,7 +93,9 @@ def test_repeating_samples_gives_the_mean_of_the_exact_passes():
         out = model(X)  # (batch * levels, out)
         functional.mse_loss(out, Y.repeat_interleave(5, dim=0)).backward()
     assert relative_error(own_gradients(model), passes) < 1e-12
-    assert model(X).shape == Y.shape if controller_of(model).force_level(1) is None else False
+    model.eval()
+    with RepeatForLevels(model):
+        assert model(X).shape == Y.shape  # evaluation is left alone
 
 
 def test_a_flattened_batch_gives_each_token_the_level_of_its_sample():
@@ -151,7 +167,9 @@ def test_the_head_learns_from_the_mean_of_the_passes_also_when_gradients_accumul
 def get_peft_model_with_head():
     from partwise.tune import AdaPaDConfig
 
-    config = AdaPaDConfig(target_modules=["0", "2"], modules_to_save=["4"], init_r=2, budget=4, r=2, schedule="exact", joint_start=0.0, finish="deflate")
+    config = AdaPaDConfig(
+        target_modules=["0", "2"], modules_to_save=["4"], init_r=2, budget=4, r=2, schedule="exact", joint_start=0.0, finish="deflate"
+    )
     model = get_peft_model(mlp(), config).to(torch.float64).train()
     for slot in controller_of(model).slots:
         torch.nn.init.normal_(slot.up.weight, std=0.3)
@@ -178,67 +196,30 @@ def test_split_gives_sample_n_the_level_n_plus_step():
     assert second_worker.tolist() == [(n + 3) % 4 + 1 for n in range(6, 12)]
 
 
-def test_every_position_of_a_batch_visits_the_top_level():
-    tops = sum((deal_levels("split", batch=8, step=t, num_levels=4, private=False, top_share=0.25) == 4).long() for t in range(64))
-    assert int(tops.min()) > 0.8 * int(tops.max())
+def test_which_samples_are_at_the_top_changes_from_step_to_step():
+    is_top = [deal_levels("split", batch=8, step=t, num_levels=4, private=False, top_share=0.25) == 4 for t in range(8)]
+    assert all(bool(torch.stack(is_top)[:, position].any()) for position in range(8))
 
 
-def spectrum_problem(dtype=torch.float64):
-    """Inputs (64, 12) and targets (64, 10) whose best linear map has the singular values 3, 1.8, 1, 0.5, then six of 0.1."""
-    generator = torch.Generator().manual_seed(3)
-    q = torch.linalg.qr(torch.randn(64, 12, generator=generator, dtype=dtype)).Q
-    u = torch.linalg.qr(torch.randn(10, 10, generator=generator, dtype=dtype)).Q
-    v = torch.linalg.qr(torch.randn(12, 10, generator=generator, dtype=dtype)).Q
-    values = torch.tensor([3, 1.8, 1, 0.5, *[0.1] * 6], dtype=dtype)
-    return q, q @ (u @ torch.diag(values) @ v.T).T
-
-
-def fit_one_layer(schedule, num_steps):
-    x, y = spectrum_problem()
-    base = torch.nn.Sequential(torch.nn.Linear(12, 10, bias=False)).to(torch.float64)
-    base[0].weight.data.zero_()
-    model = grower(base, schedule=schedule, r=4, init_r=4, target_r=4, lora_alpha=4)
-    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2e-2)
-    for step in range(num_steps):
-        for group in optimiser.param_groups:
-            group["lr"] = 2e-2 * (1 - step / num_steps)
-        for _ in level_passes(model) if schedule == "exact" else (None,):
-            (functional.mse_loss(model(x), y) * 100).backward()
-        optimiser.step()
-        optimiser.zero_grad()
-    slot = controller_of(model).slots[0]
-    exact = reduce_regression(x.T, y.T).parts(num_components=4) if hasattr(reduce_regression(x.T, y.T), "parts") else None
-    return x, y, slot.down.weight.detach(), slot.up.weight.detach(), exact
-
-
-def component_errors(x, y, down, up):
-    q, r = torch.linalg.qr(x)
-    u, values, vh = torch.linalg.svd((y.T @ q), full_matrices=False)
-    return [
-        float((torch.outer(up[:, k], down[k]) @ x.T - values[k] * torch.outer(u[:, k], vh[k]) @ q.T).norm() / values[k]) for k in range(4)
-    ]
-
-
-@pytest.mark.parametrize(
-    ("num_steps", "tolerance"), [(600, 2e-2), pytest.param(3000, 1e-10, marks=pytest.mark.slow)], ids=["quick", "card"]
-)
+@pytest.mark.parametrize(("num_steps", "tolerance"), [(400, 3e-2), pytest.param(3000, 1e-10, marks=pytest.mark.slow)], ids=["quick", "card"])
 def test_exact_training_of_one_layer_finds_the_singular_components(num_steps, tolerance):
-    x, y, down, up, _ = fit_one_layer("exact", num_steps)
+    x, y, down, up = fit_one_layer("exact", num_steps)
     assert max(component_errors(x, y, down, up)) < tolerance
-    values = torch.tensor([3, 1.8, 1, 0.5, *[0.1] * 6], dtype=torch.float64)
-    for k, expected in enumerate((0.5775, 0.3280, 0.1430, 0.0666), start=1):
-        residual = (y.T - up[:, :k] @ down[:k] @ x.T).norm() / y.norm()
-        assert_close(residual, (values[k:].norm() / values.norm()), claim="every prefix has the Eckart-Young residual", rtol=tolerance, atol=0)
-        assert abs(float(residual) - expected) < max(2e-3, 10 * tolerance) or num_steps < 3000
+    values = torch.tensor(SPECTRUM, dtype=torch.float64)
+    for k in range(1, 5):
+        residual = (y.T - up[:, :k] @ down[:k] @ x.T).norm()
+        assert_close(
+            residual, values[k:].norm(), claim=f"{k} components leave the Eckart-Young residual, as far as training went", rtol=tolerance, atol=0
+        )
 
 
 def test_joint_training_of_one_layer_does_not_identify_components():
-    x, y, down, up, _ = fit_one_layer("joint", 600)
+    x, y, down, up = fit_one_layer("joint", 600)
     assert max(component_errors(x, y, down, up)) > 0.5
 
 
 def test_split_training_of_one_layer_comes_close_to_the_singular_components():
-    x, y, down, up, _ = fit_one_layer("split", 1500)
+    x, y, down, up = fit_one_layer("split", 1500)
     assert max(component_errors(x, y, down, up)) < 0.1
 
 

@@ -75,9 +75,7 @@ def remember_young(
         What the optimiser keeps for this weight, and the settings it uses for it.
     """
     optimiser_age = int(state["step"]) + 1 if "step" in state else step + 1
-    factors = tuple(
-        age_factor(step + 1 - birth, optimiser_age, betas=group.get("betas"), warmup=warmup) if birth > 0 else 1.0 for birth in births
-    )
+    factors = tuple(age_factor(step + 1 - birth, optimiser_age, betas=group.get("betas"), warmup=warmup) if birth > 0 else 1.0 for birth in births)
     young = [index for index, factor in enumerate(factors) if abs(factor - 1) > NEGLIGIBLE]
     if not young:
         return None

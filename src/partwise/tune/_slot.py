@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from partwise.tune._prefix_linear import Masks, PrefixDown, PrefixUp
 
 FORMAT = 1.0
-HEADER = 4  # format, step, rank, flags
+HEADER = 5  # format, r_max, step, rank, flags
 
 
 @dataclass(eq=False)
@@ -108,15 +108,15 @@ class SlotState:
 
     def pack(self) -> Tensor:
         """One row of float64, (1, numbers): peft takes a 1-D LoRA tensor for a shard that was not gathered."""
-        parts = [torch.tensor([FORMAT, self.step, self.rank, self.flags]), self.mean, self.variability, torch.tensor(self.births), self.tail]
+        parts = [torch.tensor([FORMAT, len(self.mean), self.step, self.rank, self.flags]), self.mean, self.variability, torch.tensor(self.births), self.tail]
         return torch.cat([part.detach().to("cpu", torch.float64) for part in parts])[None, :]
 
     @classmethod
     def unpack(cls, packed: Tensor, *, width: int, name: str) -> SlotState:
         """Undo :meth:`pack`; ``width`` is ``r_max``."""
         numbers = packed.to("cpu", torch.float64).flatten()
-        if len(numbers) < HEADER + 3 * width or numbers[0] != FORMAT:
+        if numbers[:2].tolist() != [FORMAT, width]:
             raise InputError("resume-differs", f"the saved growth state of {name} was made with another r than r={width}. Use the same r.")
-        _, step, rank, flags = (int(number) for number in numbers[:HEADER])
+        _, _, step, rank, flags = (int(number) for number in numbers[:HEADER])
         mean, variability, births = numbers[HEADER : HEADER + 3 * width].view(3, width)
         return cls(step, rank, flags, mean, variability, [int(birth) for birth in births], numbers[HEADER + 3 * width :])
