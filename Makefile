@@ -11,6 +11,8 @@ STAMP := $(VENV)/.installed
 # A later release of torch needs only this line; on a machine with a GPU set TORCH=torch to take the newest build.
 TORCH ?= torch==2.13.0
 DEMO := runs/demo
+# Test processes, each with one thread: two of them are faster than one with two threads.
+WORKERS ?= 2
 
 .PHONY: demo test test-fast lint docs bench install clean help
 .DEFAULT_GOAL := help
@@ -22,10 +24,10 @@ demo: $(STAMP)  ## the main job on real input: fine-tune MiniLM on the standard 
 	@if [ -f $(DEMO)/run.json ]; then set -x; $(BIN)/partwise tune --out $(DEMO) --resume; else set -x; $(BIN)/partwise tune --out $(DEMO); fi
 
 test: $(STAMP)  ## the whole suite
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-fast: $(STAMP)  ## the suite without tests over 5 seconds
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
 
 lint: $(STAMP)  ## ruff and mypy --strict
 	$(BIN)/ruff check .
