@@ -15,7 +15,8 @@ from torch import nn
 from adapters import adapter_weights, data, grower, mlp, set_ranks, train
 from partwise.checks import InputError
 from partwise.tune import AdaPaDConfig, attach, check_servable, finalize, truncate
-from partwise.tune.adapad import active_ranks, controller_of
+from partwise.tune.adapad import controller_of
+from partwise.tune.finished import active_ranks
 from partwise.tune.truncation import lora_layers, pattern_fields
 from tiny import tiny_bert, tiny_llama
 from tolerances import assert_close

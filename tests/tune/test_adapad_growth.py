@@ -16,7 +16,8 @@ from adapters import adapter_weights, data, grower, loss_of, mlp, set_ranks, tra
 from partwise.tune import AdaPaDConfig, finalize, rank_table, step_done
 from partwise.tune._growth import importance, is_growth_step, module_scores, pace, scoring_matters, smooth
 from partwise.tune._row_age import age_factor
-from partwise.tune.adapad import active_ranks, controller_of
+from partwise.tune.adapad import controller_of
+from partwise.tune.finished import active_ranks
 from partwise.tune.truncation import lora_layers
 from tolerances import assert_close
 

@@ -15,7 +15,8 @@ from transformers import Trainer, TrainingArguments
 
 from adapters import adapter_weights
 from partwise.tune import AdaPaDCallback, AdaPaDConfig, OneRankAtATime, RepeatForLevels
-from partwise.tune.adapad import active_ranks, controller_of
+from partwise.tune.adapad import controller_of
+from partwise.tune.finished import active_ranks
 from tiny import tiny_bert
 
 IDS = torch.randint(3, 20, (40, 7), generator=torch.Generator().manual_seed(0))
@@ -131,7 +132,8 @@ def test_one_rank_at_a_time_runs_and_resumes_under_trainer(tmp_path):
 WORKER = """
 import sys, torch, torch.distributed as dist
 from adapters import adapter_weights, data, grower, levels_in_use, loss_of, mlp, own_gradients
-from partwise.tune.adapad import active_ranks, controller_of, finalize
+from partwise.tune.adapad import controller_of
+from partwise.tune.finished import active_ranks, finalize
 kind, store, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 x, y = data(12)

@@ -10,7 +10,8 @@ from torch.nn import functional
 from adapters import PLAIN, adapter_weights, component_errors, data, fit_one_layer, loss_of, mlp, spectrum_problem, train
 from partwise.checks import InputError
 from partwise.tune import AdaPaDConfig, OneRankAtATime
-from partwise.tune.adapad import active_ranks, controller_of, finalize
+from partwise.tune.adapad import controller_of
+from partwise.tune.finished import active_ranks, finalize
 from partwise.tune.one_rank_at_a_time import OneRank
 from partwise.tune.recipe import Plan
 from tolerances import assert_close

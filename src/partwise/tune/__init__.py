@@ -16,9 +16,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from partwise.tune.adapad import AdaPaDConfig, attach, finalize, rank_table, step_done, truncate
+    from partwise.tune.adapad import AdaPaDConfig, attach, step_done
     from partwise.tune.callback import AdaPaDCallback
     from partwise.tune.exact import RepeatForLevels, level_passes
+    from partwise.tune.finished import finalize, rank_table, truncate
     from partwise.tune.one_rank_at_a_time import OneRankAtATime
     from partwise.tune.servable import check_servable
 
@@ -51,7 +52,10 @@ _HOMES = {
     "OneRankAtATime": "partwise.tune.one_rank_at_a_time",
     "RepeatForLevels": "partwise.tune.exact",
     "check_servable": "partwise.tune.servable",
+    "finalize": "partwise.tune.finished",
     "level_passes": "partwise.tune.exact",
+    "rank_table": "partwise.tune.finished",
+    "truncate": "partwise.tune.finished",
 }
 
 

@@ -12,13 +12,12 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from partwise.checks import InputError, RunError
-from partwise.selection import spend
 from partwise.tune import _growth
 from partwise.tune._levels import deal_levels, make_masks
 from partwise.tune._prefix_linear import Masks
 from partwise.tune._rotation import rotate_components
 from partwise.tune._row_age import YoungComponents, remember_young
-from partwise.tune._sharded import agree, whole, worker_rank
+from partwise.tune._sharded import agree, worker_rank
 from partwise.tune._slot import Slot, SlotState
 from partwise.tune._watch import settings_by_parameter, watch_steps
 
@@ -57,7 +56,7 @@ class Controller:
 
     def __post_init__(self) -> None:
         self.rules = self.settings.rules()
-        self._mean = self._variability = torch.zeros(0)
+        self._averages: _growth.ImportanceAverages | None = None
         self._lead: Slot | None = None
         self._batch = 0
         self._forwards = 0
@@ -66,6 +65,7 @@ class Controller:
         self._sealed = False
         self._rotated = False
         self._loaded = False
+        self._growth_is_over: bool | None = None  # until something changes
         self._dealt: dict[int, Tensor | None] = {}  # levels by batch size, until something changes
         self._mask_cache: dict[Any, Masks | None] = {}
         self._young: list[YoungComponents] = []
@@ -90,6 +90,7 @@ class Controller:
         settings = self.settings
         slot = Slot(name, len(self.slots), down, up, base, seed=settings.seed, rank=settings.init_r, births=[0] * settings.r)
         self.slots.append(slot)
+        self._forget_levels()
         down.bind(self, slot)
         up.bind(self, slot)
         with torch.no_grad():
@@ -129,6 +130,7 @@ class Controller:
                 f"it must be between {low} and {high}. Change budget, or raise r.",
             )
 
+    @property
     def costs(self) -> list[int]:
         """Price of one component of each module: 1 under ``budget``, its parameters under ``target_r``."""
         return [slot.component_parameters if self.settings.budget is None else 1 for slot in self.slots]
@@ -140,12 +142,12 @@ class Controller:
             return self.settings.budget
         target = 2.0 if self.settings.target_r is None else self.settings.target_r
         target = min(max(target, self.settings.init_r), self.settings.r)
-        return math.floor(target * sum(self.costs()) + 1e-9)
+        return math.floor(target * sum(self.costs) + 1e-9)
 
     @property
     def remaining(self) -> int:
         """Budget that is not spent yet."""
-        return self.budget - sum(slot.rank * cost for slot, cost in zip(self.slots, self.costs(), strict=True))
+        return self.budget - sum(slot.rank * cost for slot, cost in zip(self.slots, self.costs, strict=True))
 
     @property
     def orders_components(self) -> bool:
@@ -163,8 +165,11 @@ class Controller:
 
     @property
     def growth_is_over(self) -> bool:
-        remaining = self.remaining
-        return not any(slot.rank < self.settings.r and cost <= remaining for slot, cost in zip(self.slots, self.costs(), strict=True))
+        if self._growth_is_over is None:
+            remaining = self.remaining
+            affordable = (slot.rank < self.settings.r and cost <= remaining for slot, cost in zip(self.slots, self.costs, strict=True))
+            self._growth_is_over = not any(affordable)
+        return self._growth_is_over
 
     # ------------------------------------------------------------------ levels of samples
     def force_level(self, level: int | None) -> None:
@@ -262,6 +267,7 @@ class Controller:
         logger.warning("schedule 'split' needs one row of every tensor per sample, but %s: going on with 'cycle'", why)
 
     def _forget_levels(self) -> None:
+        self._growth_is_over = None
         self._dealt.clear()
         self._mask_cache.clear()
 
@@ -291,7 +297,8 @@ class Controller:
         pace = self.pace
         scoring = not self.growth_is_over and self.stages is None
         if scoring and _growth.scoring_matters(self.step + 1, interval=pace.interval, warmup=pace.warmup):
-            self._score()
+            down, up = [slot.down.weight for slot in self.slots], [slot.up.weight for slot in self.slots]
+            self.averages.update(down, up, beta1=self.settings.beta1, beta2=self.settings.beta2)
         groups, warmup = settings_by_parameter(optimiser), self._component_warmup(pace)
         self._young = []
         for slot in self.slots:
@@ -344,7 +351,7 @@ class Controller:
     def pace(self) -> _growth.Pace:
         """When modules grow and how many at a time."""
         settings, num_modules = self.settings, len(self.slots)
-        costs = self.costs()
+        costs = self.costs
         missing = math.ceil((self.budget - settings.init_r * sum(costs)) * num_modules / sum(costs) / settings.growth_step)
         return _growth.pace(
             missing, num_modules, total_steps=settings.total_steps,
@@ -352,42 +359,27 @@ class Controller:
         )  # fmt: skip
 
     # ------------------------------------------------------------------ growth
-    def _score(self) -> None:
-        weights = [slot.down.weight for slot in self.slots] + [slot.up.weight for slot in self.slots]
-        grads = [whole(torch.zeros_like(weight) if weight.grad is None else weight.grad) for weight in weights]
-        values = [whole(weight.detach()) for weight in weights]
-        num = len(self.slots)
-        value = _growth.importance(values[:num], grads[:num], values[num:], grads[num:]).float()
-        self._averages(value.device)
-        _growth.smooth(self._mean, self._variability, value, beta1=self.settings.beta1, beta2=self.settings.beta2)
-
-    def _averages(self, device: torch.device) -> None:
-        if self._mean.numel() == 0:
-            self._mean = torch.zeros(len(self.slots), self.settings.r, device=device)
-            self._variability = torch.zeros_like(self._mean)
+    @property
+    def averages(self) -> _growth.ImportanceAverages:
+        """Importance of every component; zeros before the first scored step."""
+        if self._averages is None:
+            self._averages = _growth.ImportanceAverages(len(self.slots), self.settings.r)
+        return self._averages
 
     def scores(self) -> Tensor:
-        """Score of every component, (modules, r_max); zeros before the first scored step."""
-        self._averages(torch.device("cpu"))
-        return (self._mean * self._variability).cpu()
+        """Score of every component, (modules, r_max)."""
+        return (self.averages.mean * self.averages.variability).cpu()
 
     def grow(self) -> None:
         """Give the modules with the best scores more components, within the budget."""
-        settings = self.settings
-        self._averages(torch.device("cpu"))
-        ranks = [slot.rank for slot in self.slots]
-        scores = _growth.module_scores(self._mean, self._variability, ranks)  # (modules,)
-        room = [slot for slot in self.slots if slot.rank < settings.r]
-        remaining, costs = self.remaining, self.costs()
-        prices = [costs[slot.index] for slot in room]
-        for index in spend([float(scores[slot.index]) for slot in room], prices, budget=remaining, limit=self.pace.modules):
-            slot, price = room[index], prices[index]
-            gain = min(settings.growth_step, settings.r - slot.rank, remaining // price)
-            ranks[slot.index] += gain
-            remaining -= gain * price
-        private = {slot.index for slot in self.slots if self.has_private(slot)}
-        for slot, rank in zip(self.slots, agree(ranks, self.slots[0].down.weight.device), strict=True):
-            self._activate(slot, rank, had_private=slot.index in private)
+        settings, ranks = self.settings, [slot.rank for slot in self.slots]
+        scores = _growth.module_scores(self.averages.mean, self.averages.variability, ranks).tolist()  # one per module
+        new = _growth.grown_ranks(
+            scores, ranks, self.costs, r=settings.r, remaining=self.remaining, num_modules=self.pace.modules, step=settings.growth_step
+        )
+        had_private = [self.has_private(slot) for slot in self.slots]
+        for slot, rank, private in zip(self.slots, agree(new, self.slots[0].down.weight.device), had_private, strict=True):
+            self._activate(slot, rank, had_private=private)
         self._forget_levels()
 
     def _activate(self, slot: Slot, rank: int, *, had_private: bool) -> None:
@@ -408,22 +400,20 @@ class Controller:
     # ------------------------------------------------------------------ resuming
     def slot_state(self, slot: Slot) -> Tensor:
         """What resuming needs beyond weights and optimiser: step, scores, ages, and the private component; (1, numbers)."""
-        self._averages(torch.device("cpu"))
         tail = slot.read_private() if self.has_private(slot) else torch.zeros(0)
         if self.stages is not None:
             tail = torch.tensor(self.stages.losses, dtype=torch.float64)
         flags = MIXED_ROWS * self._mixed_rows + ROTATED * self._rotated
-        return SlotState(self.step, slot.rank, flags, self._mean[slot.index], self._variability[slot.index], slot.births, tail).pack()
+        mean, variability = self.averages.mean[slot.index], self.averages.variability[slot.index]
+        return SlotState(self.step, slot.rank, flags, mean, variability, slot.births, tail).pack()
 
     def load_slot_state(self, slot: Slot, packed: Tensor) -> None:
         """Undo :meth:`slot_state`."""
         state = SlotState.unpack(packed, width=self.settings.r, name=slot.name)
-        self._averages(slot.down.weight.device)
         self.step, self._loaded = state.step, True
         self._mixed_rows, self._rotated = bool(state.flags & MIXED_ROWS), bool(state.flags & ROTATED)
         self.accept_rank(slot, state.rank)
-        self._mean[slot.index] = state.mean.to(self._mean)
-        self._variability[slot.index] = state.variability.to(self._mean)
+        self.averages.load(slot.index, state.mean, state.variability)
         slot.births = state.births
         if self.stages is not None:
             self.stages.losses = state.tail.tolist()

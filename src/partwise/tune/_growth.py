@@ -1,4 +1,4 @@
-"""Growth by score: pure functions on tensors and numbers.
+"""Growth by score: which modules get the next components.
 
 The score is AdaLoRA's sensitivity (arXiv:2303.10512) summed over a rank-one component, smoothed, and multiplied by its variability.
 """
@@ -12,6 +12,9 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from partwise.selection import spend
+from partwise.tune._sharded import whole
 
 SCORING_WINDOW = 64  # averages started this many steps before a decision differ from older ones by less than 0.05 %
 GROWTH_SHARE = 0.35  # of the steps, where their number is known; IncreLoRA's scripts spend the budget within 37 %
@@ -80,6 +83,45 @@ def module_scores(mean: Tensor, variability: Tensor, ranks: Sequence[int]) -> Te
     active = torch.arange(mean.shape[1])[None, :] < torch.tensor(list(ranks))[:, None]  # (modules, r_max)
     scores = (mean * variability).to("cpu", torch.float64)
     return (scores * active).sum(dim=1) / active.sum(dim=1)
+
+
+class ImportanceAverages:
+    """Smoothed importance of every component and its variability, (modules, r_max) each."""
+
+    def __init__(self, num_modules: int, width: int) -> None:
+        self.mean, self.variability = torch.zeros(num_modules, width), torch.zeros(num_modules, width)
+
+    def update(self, down: Sequence[Tensor], up: Sequence[Tensor], *, beta1: float, beta2: float) -> None:
+        """Take in the gradients that lie in the weights now."""
+        weights = [*down, *up]
+        grads = [whole(torch.zeros_like(weight) if weight.grad is None else weight.grad) for weight in weights]
+        values = [whole(weight.detach()) for weight in weights]
+        num = len(down)
+        value = importance(values[:num], grads[:num], values[num:], grads[num:]).float()
+        self.mean, self.variability = self.mean.to(value.device), self.variability.to(value.device)
+        smooth(self.mean, self.variability, value, beta1=beta1, beta2=beta2)
+
+    def load(self, index: int, mean: Tensor, variability: Tensor) -> None:
+        """Restore the averages of one module."""
+        self.mean[index], self.variability[index] = mean.to(self.mean), variability.to(self.mean)
+
+
+def grown_ranks(
+    scores: Sequence[float], ranks: Sequence[int], costs: Sequence[int], *, r: int, remaining: int, num_modules: int, step: int
+) -> list[int]:
+    """Ranks after the best ``num_modules`` modules with room gained up to ``step`` components each, for at most ``remaining`` in total.
+
+    >>> grown_ranks([0.1, 0.9, 0.5], [1, 1, 4], [1, 1, 1], r=4, remaining=2, num_modules=2, step=2)
+    [1, 3, 4]
+    """
+    new = list(ranks)
+    room = [index for index, rank in enumerate(ranks) if rank < r]
+    prices = [costs[index] for index in room]
+    for place in spend([scores[index] for index in room], prices, budget=remaining, limit=num_modules):
+        gain = min(step, r - ranks[room[place]], remaining // prices[place])
+        new[room[place]] += gain
+        remaining -= gain * prices[place]
+    return new
 
 
 def is_growth_step(step: int, *, interval: int, warmup: int) -> bool:

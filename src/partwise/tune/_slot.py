@@ -108,7 +108,13 @@ class SlotState:
 
     def pack(self) -> Tensor:
         """One row of float64, (1, numbers): peft takes a 1-D LoRA tensor for a shard that was not gathered."""
-        parts = [torch.tensor([FORMAT, len(self.mean), self.step, self.rank, self.flags]), self.mean, self.variability, torch.tensor(self.births), self.tail]
+        parts = [
+            torch.tensor([FORMAT, len(self.mean), self.step, self.rank, self.flags]),
+            self.mean,
+            self.variability,
+            torch.tensor(self.births),
+            self.tail,
+        ]
         return torch.cat([part.detach().to("cpu", torch.float64) for part in parts])[None, :]
 
     @classmethod

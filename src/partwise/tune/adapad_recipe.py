@@ -76,13 +76,13 @@ class AdaPaD(Recipe):
 
     def finish(self, model: PeftModel) -> PeftModel:
         """A compact plain LoRA adapter in singular order."""
-        from partwise.tune.adapad import finalize
+        from partwise.tune.finished import finalize
 
         finalize(model)
         return model
 
     def ranks(self, model: PeftModel) -> dict[str, int]:
         """Active rank of each module, growing or finalised."""
-        from partwise.tune.adapad import active_ranks
+        from partwise.tune.finished import active_ranks
 
         return active_ranks(model)

@@ -8,7 +8,8 @@ from torch import nn
 from transformers import TrainerCallback
 
 from partwise.tune._prefix_linear import PrefixDown
-from partwise.tune.adapad import controller_of, finalize
+from partwise.tune.adapad import controller_of
+from partwise.tune.finished import finalize
 
 
 class AdaPaDCallback(TrainerCallback):

@@ -78,7 +78,7 @@ class IncreLoRA(Recipe):
 
     def finish(self, model: PeftModel) -> PeftModel:
         """A compact plain LoRA adapter, its components in the order they grew."""
-        from partwise.tune.adapad import finalize
+        from partwise.tune.finished import finalize
 
         finalize(model, singular_order=False)
         return model

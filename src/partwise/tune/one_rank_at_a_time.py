@@ -303,14 +303,14 @@ class OneRank(Recipe):
 
     def finish(self, model: PeftModel) -> PeftModel:
         """A compact plain LoRA adapter in singular order."""
-        from partwise.tune.adapad import finalize
+        from partwise.tune.finished import finalize
 
         finalize(model)
         return model
 
     def ranks(self, model: PeftModel) -> dict[str, int]:
         """Components so far, the one in training included."""
-        from partwise.tune.adapad import active_ranks
+        from partwise.tune.finished import active_ranks
 
         return active_ranks(model)
 
