@@ -13,18 +13,25 @@ if TYPE_CHECKING:
 
 SCHEDULES = ("exact", "split", "cycle", "joint")
 PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {
-        "schedule": "split", "successor_weight": 0.0, "top_share": 0.0, "joint_start": 0.0, "finish": "deflate", "advance_learning": True,
+    "nested": {
+        "schedule": "split", "successor_weight": 1.0, "top_share": 0.3, "joint_start": 0.0, "finish": "joint", "finish_fraction": 0.15,
+        "advance_learning": False,
     },
     "balanced": {
-        "schedule": "split", "successor_weight": 1.0, "top_share": 0.5, "joint_start": 0.0, "finish": "joint", "advance_learning": False,
+        "schedule": "split", "successor_weight": 1.0, "top_share": 0.5, "joint_start": 0.0, "finish": "joint", "finish_fraction": 0.3,
+        "advance_learning": False,
     },
     "ordered": {
-        "schedule": "split", "successor_weight": 1.0, "top_share": 0.5, "joint_start": 0.6, "finish": "deflate", "advance_learning": False,
+        "schedule": "split", "successor_weight": 1.0, "top_share": 0.5, "joint_start": 0.6, "finish": "deflate", "finish_fraction": 0.3,
+        "advance_learning": False,
+    },
+    "paper": {
+        "schedule": "split", "successor_weight": 0.0, "top_share": 0.0, "joint_start": 0.0, "finish": "deflate", "finish_fraction": 0.3,
+        "advance_learning": True,
     },
 }  # fmt: skip
-"""What the presets fill in where a setting is left out. ``paper``: pure deflation. ``balanced``: nested prefixes, then joint. ``ordered``: joint,
-rotated to singular order, then nested prefixes."""
+"""What the presets fill in where a setting is left out. ``nested``: nested prefixes, jointly for a short end. ``balanced``: the same with more
+samples at the top and a longer end. ``ordered``: joint, rotated to singular order, then nested prefixes. ``paper``: pure deflation."""
 
 
 @dataclass(kw_only=True)
@@ -33,8 +40,9 @@ class AdaPaDSettings:
 
     Parameters
     ----------
-    preset : {"balanced", "ordered", "paper"}
-        Fills in the settings below that are left out: schedule, successor_weight, top_share, joint_start, finish, advance_learning.
+    preset : {"nested", "balanced", "ordered", "paper"}
+        Fills in the settings below that are left out: schedule, successor_weight, top_share, joint_start, finish, finish_fraction,
+        advance_learning.
     r : int
         Largest rank of a module.
     init_r : int
@@ -62,7 +70,7 @@ class AdaPaDSettings:
         Where the number of steps is unknown, the joint start ends when the budget is spent.
     finish : {"deflate", "joint"}
         How training ends: by levels, or jointly.
-    finish_fraction : float
+    finish_fraction : float or None
         Share of the steps that a joint finish takes. Where the number of steps is unknown, it begins when the budget is spent.
     advance_learning : bool
         Train the next component of every module privately before it is activated.
@@ -70,7 +78,7 @@ class AdaPaDSettings:
         Steps over which a new component's learning rate rises from 0. Left out: half of the growth interval.
     """
 
-    preset: Literal["balanced", "ordered", "paper"] = "balanced"
+    preset: Literal["nested", "balanced", "ordered", "paper"] = "nested"
     r: int = 4
     init_r: int = 1
     growth_interval: int | None = None
@@ -84,7 +92,7 @@ class AdaPaDSettings:
     top_share: float | None = None
     joint_start: float | None = None
     finish: Literal["deflate", "joint"] | None = None
-    finish_fraction: float = 0.3
+    finish_fraction: float | None = None
     advance_learning: bool | None = None
     component_warmup: int | None = None
 
