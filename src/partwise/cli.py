@@ -133,7 +133,8 @@ def start_tune(name: str, flags: Any, *, out: Path, command: list[str], report: 
     from partwise.tune.compare import compare
 
     others = [other.strip() for other in run.compare.split(",") if other.strip()]
-    recipes = {name: flags.method} | {other: recipe_class(other)() for other in others}
+    shared = {field: getattr(flags.method, field) for field in ("target_modules", "lora_dropout")}  # lora_alpha means another scale at another r
+    recipes = {name: flags.method} | {other: recipe_class(other)(**shared) for other in others}
     return compare(recipes, flags.training, flags.data, num_seeds=run.num_seeds, **common)
 
 

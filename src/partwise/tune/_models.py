@@ -197,6 +197,7 @@ def _check_all_loaded(model: Any, info: dict[str, Any], source: str, task: Task)
             f"the weights of {source} lack {len(unfit)} tensors that its config.json asks for, such as {unfit[0]}, or have them in another shape. "
             "Check that both files belong together.",
         )
+    model.partwise_new_modules = tuple(sorted({key.rpartition(".")[0] for key in new}))  # must be trained and saved whole
     if new:
         _logger.info("new weights in the head of %s: %s", source, ", ".join(sorted(new)))
 

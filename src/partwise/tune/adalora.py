@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from partwise.checks import InputError
-from partwise.tune.lora import ADAPTER, build_plain_lora, even_ranks
+from partwise.tune.lora import ADAPTER, build_plain_lora, even_ranks, modules_to_save
 from partwise.tune.recipe import Plan, Recipe
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ class AdaLoRA(Recipe):
             lora_alpha=2 * start if self.lora_alpha is None else self.lora_alpha,
             lora_dropout=self.lora_dropout,
             target_modules=sorted(even),
+            modules_to_save=modules_to_save(model),
             task_type=plan.task_type,
         )
         wrapped = get_peft_model(model, config)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
 from partwise.tune.adapad_settings import AdaPaDSettings
-from partwise.tune.recipe import Plan, Recipe, as_target_modules
+from partwise.tune.recipe import Plan, Recipe
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -42,13 +42,15 @@ class AdaPaD(Recipe):
         from peft import get_peft_model
 
         from partwise.tune.adapad import AdaPaDConfig, controller_of
+        from partwise.tune.lora import modules_to_save, target_linears
 
         settings = {item.name: getattr(self.settings, item.name) for item in fields(self.settings)}
         config = AdaPaDConfig(
             **settings,
             lora_alpha=2 * self.settings.r if self.lora_alpha is None else self.lora_alpha,
             lora_dropout=self.lora_dropout,
-            target_modules=as_target_modules(self.target_modules),
+            target_modules=sorted(target_linears(model, self.target_modules, task_type=plan.task_type)),
+            modules_to_save=modules_to_save(model),
             task_type=plan.task_type,
             budget=plan.budget,
             target_r=None if plan.budget is not None else plan.target_r,

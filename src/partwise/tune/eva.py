@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from partwise.checks import InputError
-from partwise.tune.lora import ADAPTER, even_ranks, lora_ranks, plain_config, scale_for
+from partwise.tune.lora import ADAPTER, even_ranks, lora_ranks, modules_to_save, plain_config, scale_for
 from partwise.tune.recipe import Plan, Recipe
 
 if TYPE_CHECKING:
@@ -43,7 +43,13 @@ class EVA(Recipe):
         ranks = even_ranks(model, self.target_modules, plan)
         batches = list(plan.calibration())
         eva = EvaConfig(rho=affordable_rho(self.rho, ranks=ranks.values(), batches=batches), tau=self.tau, use_label_mask=False)
-        config = plain_config(ranks, scale=scale_for(self.lora_alpha, ranks), task_type=plan.task_type, lora_dropout=self.lora_dropout)
+        config = plain_config(
+            ranks,
+            scale=scale_for(self.lora_alpha, ranks),
+            task_type=plan.task_type,
+            lora_dropout=self.lora_dropout,
+            modules_to_save=modules_to_save(model),
+        )
         wrapped = get_peft_model(model, config)
         config.init_lora_weights, config.eva_config = "eva", eva  # said only now, so that peft does not warn about memory it cannot save here
         initialize_lora_eva_weights(wrapped, batches, prepare_layer_inputs_fn=real_tokens, show_progress_bar=False)

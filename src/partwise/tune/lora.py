@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 ADAPTER = "default"
 DEFAULT_SCALE = 2.0
+HEADS = {"SEQ_CLS": ("classifier", "score")}  # endings of the modules that peft trains and saves whole for a task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +37,30 @@ class LoRA(Recipe):
         from peft import get_peft_model
 
         ranks = even_ranks(model, self.target_modules, plan)
-        config = plain_config(ranks, scale=scale_for(self.lora_alpha, ranks), task_type=plan.task_type, lora_dropout=self.lora_dropout)
+        config = plain_config(
+            ranks,
+            scale=scale_for(self.lora_alpha, ranks),
+            task_type=plan.task_type,
+            lora_dropout=self.lora_dropout,
+            modules_to_save=modules_to_save(model),
+        )
         return get_peft_model(model, config)
 
     def ranks(self, model: PeftModel) -> dict[str, int]:
         """Rank of each module."""
         return lora_ranks(model)
+
+
+def modules_to_save(model: nn.Module) -> list[str] | None:
+    """Modules that the checkpoint lacked and peft does not count as heads, such as a new pooler: they are trained and saved whole."""
+    heads = tuple(name for names in HEADS.values() for name in names)
+    return [name for name in getattr(model, "partwise_new_modules", ()) if not name.endswith(heads)] or None
+
+
+def _lies_in(name: str, whole: tuple[str, ...]) -> bool:
+    """Whether a module, or one that contains it, ends in one of the names: so peft finds what to save whole."""
+    parts = name.split(".")
+    return any(".".join(parts[:depth]).endswith(whole) for depth in range(1, len(parts) + 1))
 
 
 def scale_for(lora_alpha: float | None, ranks: Mapping[str, int]) -> float:
@@ -64,6 +83,8 @@ def target_linears(model: nn.Module, target_modules: str, *, task_type: str) -> 
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     everything = LoraConfig(target_modules="all-linear", task_type=task_type)
     adaptable = _maybe_include_all_linear_layers(everything, model).target_modules if linears else None
+    whole = (*HEADS.get(task_type, ()), *(modules_to_save(model) or ()))
+    adaptable = {name for name in adaptable or () if not _lies_in(name, whole)}
     if not adaptable:
         raise InputError(
             "no-linear-layers",
@@ -157,7 +178,8 @@ def build_plain_lora(model: PeftModel, factors: Mapping[str, tuple[Tensor, Tenso
         if isinstance(module, ModulesToSaveWrapper)
     }
     ranks = {name: a.shape[0] for name, (a, _) in factors.items()}
-    config = plain_config(ranks, scale=scale, task_type=old.task_type, lora_dropout=old.lora_dropout)
+    others = [name for name in old.modules_to_save or () if name not in HEADS.get(old.task_type, ())]
+    config = plain_config(ranks, scale=scale, task_type=old.task_type, lora_dropout=old.lora_dropout, modules_to_save=others or None)
     plain = get_peft_model(model.unload(), config)
     base = plain.get_base_model()
     with torch.no_grad():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 
 from partwise.checks import InputError
 from partwise.linalg.compute_schedule import compute_schedule
-from partwise.tune.recipe import WARMUP_SHARE, Plan, Recipe, as_target_modules
+from partwise.tune.recipe import WARMUP_SHARE, Plan, Recipe
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -231,15 +231,17 @@ class OneRank(Recipe):
         from peft import get_peft_model
 
         from partwise.tune.adapad import AdaPaDConfig, controller_of
-        from partwise.tune.lora import target_linears
+        from partwise.tune.lora import modules_to_save, target_linears
 
-        num_components = self.num_components(plan, num_modules=len(target_linears(model, self.target_modules, task_type=plan.task_type)))
+        targets = target_linears(model, self.target_modules, task_type=plan.task_type)
+        num_components = self.num_components(plan, num_modules=len(targets))
         config = AdaPaDConfig(
             r=num_components,
             target_r=num_components,
             lora_alpha=2 * num_components if self.lora_alpha is None else self.lora_alpha,
             lora_dropout=self.lora_dropout,
-            target_modules=as_target_modules(self.target_modules),
+            target_modules=sorted(targets),
+            modules_to_save=modules_to_save(model),
             task_type=plan.task_type,
             seed=plan.seed,
         )
