@@ -30,11 +30,11 @@ X, Y = data(6)
         ({"target_parameters": ["weight"]}, r"target_parameters=\['weight'\] does not work with AdaPaD"),
         ({"layer_replication": [(0, 1)]}, r"layer_replication=.* does not work with AdaPaD"),
         *[
-            ({"init_lora_weights": init}, rf"init_lora_weights={init!r} fixes all components at once.* Leave it out")
-            for init in ("pissa", "pissa_niter_4", "corda", "olora", "loftq", "eva", "lora_ga", "orthogonal", False)
+            ({"init_lora_weights": init}, rf"init_lora_weights={init!r} sets all components at once.* Leave it out")
+            for init in ("gaussian", "pissa", "pissa_niter_4", "corda", "olora", "loftq", "eva", "lora_ga", "orthogonal", False)
         ],
         ({"schedule": "random"}, r"schedule='random' is not known. Choose one of: exact, split, cycle, joint"),
-        ({"preset": "best"}, r"preset='best' is not known. Choose one of: paper, balanced, ordered"),
+        ({"preset": "best"}, r"preset='best' is not known. Choose one of: nested, balanced, ordered, paper"),
         ({"finish": "never"}, r"finish='never' is not known. Choose one of: deflate, joint"),
         ({"successor_weight": 1.5}, r"successor_weight=1.5 must lie in \[0, 1\]"),
         ({"top_share": float("nan")}, r"top_share=nan must lie in \[0, 1\]"),
@@ -65,7 +65,7 @@ def test_a_budget_outside_what_the_modules_hold_names_the_range(budget):
 
 
 def test_a_rank_above_a_modules_size_names_the_module():
-    with pytest.raises(InputError, match=r"r \(at 4\)=6 does not fit a matrix of shape \(5, 8\): it must be between 1 and 5"):
+    with pytest.raises(InputError, match=r"r=6 does not fit 4, whose weight is 5 x 8: pass r=5 or less"):
         grower(r=6)
 
 

@@ -335,9 +335,12 @@ class Controller:
             self.rotate(optimiser)
 
     def step_done(self) -> None:
-        """Count an optimiser step that was not seen."""
+        """Count an optimiser step that was not seen. Gradients that are still there count for the scores."""
         self._catch_up()
         self._forwards = 0
+        if not self.growth_is_over and self.stages is None:
+            down, up = [slot.down.weight for slot in self.slots], [slot.up.weight for slot in self.slots]
+            self.averages.update(down, up, beta1=self.settings.beta1, beta2=self.settings.beta2)
         self._young = []
         self.after_step(None)
 

@@ -14,7 +14,7 @@ from peft.tuners.lora.model import LoraModel
 from torch import nn
 
 from partwise.checkpoint import write_json
-from partwise.checks import InputError, check_rank
+from partwise.checks import InputError
 from partwise.tune import truncation
 from partwise.tune._controller import Controller
 from partwise.tune._prefix_linear import PrefixDown, PrefixUp
@@ -23,10 +23,9 @@ from partwise.tune.adapad_settings import AdaPaDSettings
 
 SETTINGS_FILE = "adapad.json"
 VARIANT_FIELDS = (
-    "use_dora", "lora_bias", "use_bdlora", "target_parameters", "layer_replication",
+    "use_dora", "lora_bias", "use_bdlora", "use_qalora", "target_parameters", "layer_replication",
     "arrow_config", "alora_invocation_tokens", "trainable_token_indices", "monteclora_config", "kasa_config", "velora_config",
 )  # fmt: skip
-PLAIN_INITS = (True, "gaussian")
 
 
 @dataclass
@@ -42,7 +41,8 @@ class AdaPaDConfig(AdaPaDSettings, LoraConfig):
     Parameters
     ----------
     target_r : float, optional
-        Average rank to reach. Left out: 2. Excludes ``budget``.
+        Size to reach, as a rank: growth stops where the next component would give the adapter more parameters than LoRA of this rank.
+        Left out: 2. Excludes ``budget``.
     budget : int, optional
         Rank-one components over all modules together. Excludes ``target_r``.
     total_steps : int, optional
@@ -104,10 +104,10 @@ class AdaPaDConfig(AdaPaDSettings, LoraConfig):
                 raise InputError(
                     "lora-variant", f"{name}={getattr(self, name)!r} does not work with AdaPaD: its layers must be plain LoRA. Leave it out."
                 )
-        if self.init_lora_weights not in PLAIN_INITS:
+        if self.init_lora_weights is not True:
             raise InputError(
                 "lora-variant",
-                f"init_lora_weights={self.init_lora_weights!r} fixes all components at once, but AdaPaD adds them one by one. Leave it out.",
+                f"init_lora_weights={self.init_lora_weights!r} sets all components at once, but AdaPaD starts each one when it is added. Leave it out.",
             )
 
     # ------------------------------------------------------------------ installation
@@ -127,7 +127,13 @@ class AdaPaDConfig(AdaPaDSettings, LoraConfig):
                 "unsupported-module",
                 f"{name} is a {type(layer.get_base_layer()).__name__}; AdaPaD adapts linear layers only. Leave it out of target_modules.",
             )
-        check_rank(self.r, (up.weight.shape[0], down.weight.shape[1]), name=f"r (at {name})")
+        limit = min(up.weight.shape[0], down.weight.shape[1])
+        if self.r > limit:
+            raise InputError(
+                "rank-out-of-range",
+                f"r={self.r} does not fit {name}, whose weight is {up.weight.shape[0]} x {down.weight.shape[1]}: pass r={limit} or less, or leave the "
+                "module out of target_modules.",
+            )
         if adapter_name not in self._controllers:
             self._controllers[adapter_name] = Controller(self, self._scale)
         controller = self._controllers[adapter_name]

@@ -49,7 +49,7 @@ class TuneSettings:
     model : str or None
         Folder or Hugging Face id of the model to adapt. Left out: the small encoder of the ``demo`` extra.
     target_r : float or None
-        Average number of rank-one components of a module. Left out: 2. Excludes ``budget``.
+        Size of the adapter, as the rank of a LoRA adapter that has as many parameters. Left out: 2. Excludes ``budget``.
     budget : int or None
         Rank-one components over all modules together. Excludes ``target_r``.
     max_steps : int
@@ -290,6 +290,7 @@ def prepare(recipe: Recipe, settings: TuneSettings, data: DataSettings, *, name:
 
     from partwise.tune._data import check_batch_fits, encode, read_task_data
     from partwise.tune._models import load_model
+    from partwise.tune.lora import target_linears
 
     device = choose_device(settings.device)
     report("reading data", 0, 1, None)
@@ -313,6 +314,7 @@ def prepare(recipe: Recipe, settings: TuneSettings, data: DataSettings, *, name:
         seed=settings.seed,
         task_type=TASK_TYPES[examples.task],
         calibration=calibration,
+        num_modules=len(target_linears(base, recipe.target_modules, task_type=TASK_TYPES[examples.task])),
     )
     torch.manual_seed(settings.seed)
     report("installing adapter", 0, 1, None)

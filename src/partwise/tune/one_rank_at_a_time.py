@@ -269,11 +269,10 @@ class OneRank(Recipe):
 
     def lr_factor(self, step: int, plan: Plan) -> float:
         """Linear warm-up and linear decay to 0 within each component."""
-        num_components = max(1, math.floor(plan.target_r)) if plan.budget is None else None
-        if num_components is None:
+        if plan.budget is not None and plan.num_modules is None:
             return super().lr_factor(step, plan)
         start = 0
-        for length in self.steps(num_components, plan.num_steps):
+        for length in self.steps(self.num_components(plan, num_modules=plan.num_modules or 1), plan.num_steps):
             if step < start + length:
                 inside, num_warmup = step - start, max(1, math.ceil(WARMUP_SHARE * length))
                 return (inside + 1) / num_warmup if inside < num_warmup else (length - inside) / max(1, length - num_warmup)

@@ -28,7 +28,7 @@ class Plan:
     num_steps : int
         Optimiser steps of the whole run.
     target_r : float
-        Average rank of a module that is asked for. Used where ``budget`` is None.
+        Size that is asked for, as the rank of a LoRA adapter. Used where ``budget`` is None.
     budget : int or None
         Rank-one components over all modules together.
     seed : int
@@ -37,6 +37,8 @@ class Plan:
         peft's name for the kind of model.
     calibration : callable
         Returns a fresh iterator over the same training batches each time it is called.
+    num_modules : int or None
+        Modules that will carry the adapter, where they have been counted.
     """
 
     num_steps: int
@@ -45,6 +47,7 @@ class Plan:
     seed: int
     task_type: str
     calibration: Callable[[], Iterable[dict[str, Tensor]]]
+    num_modules: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
