@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
 
 import pytest
 import torch
@@ -49,9 +48,7 @@ def test_stock_peft_loads_the_folder_without_a_warning_and_computes_the_same(mak
         finalize(model)
         assert_close(model(input_ids=IDS).logits, expected, claim="finalize keeps the function", atol=2e-6)
     model.save_pretrained(tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        again = PeftModel.from_pretrained(make(), tmp_path).eval()
+    again = PeftModel.from_pretrained(make(), tmp_path).eval()  # warnings are errors in this suite
     assert type(again.peft_config["default"]) is LoraConfig
     assert_close(again(input_ids=IDS).logits, expected, claim="stock peft", rtol=0, atol=2e-6 if finished else 1e-6)
     merged = again.merge_and_unload()
@@ -133,9 +130,9 @@ def test_a_resumed_run_ends_with_the_same_bits(stop_at, resume, settings):
     twin = fresh()
     train(twin, x, y, num_steps=0, optimiser=resume(model, optimiser, twin))
     train(twin, x, y, num_steps=30 - stop_at, optimiser=resume(model, optimiser, twin))
-    for mine, theirs in zip(twin.parameters(), straight.parameters(), strict=True):
-        assert torch.equal(mine, theirs)
-    assert active_ranks(twin) == active_ranks(straight)
+    mine, theirs = twin.state_dict(), straight.state_dict()  # active components and the growth state
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
 
 
 def test_saving_while_growing_keeps_the_state_and_a_finished_adapter_has_none(tmp_path):

@@ -49,7 +49,7 @@ def test_capacity_goes_to_the_layer_that_needs_it(schedule):
     assert ranks(model) == (1, 4, 1, 1)
 
 
-def test_growth_keeps_the_function_to_the_bit_and_spends_the_budget_exactly():
+def test_growth_keeps_the_function_and_spends_the_budget_exactly():
     model = grower(schedule="split", budget=8, growth_step=2, growth_modules=2, **FAST)
     optimiser = torch.optim.AdamW(adapter_weights(model), lr=1e-2)
     controller = controller_of(model)
@@ -69,7 +69,8 @@ def test_growth_keeps_the_function_to_the_bit_and_spends_the_budget_exactly():
         controller.grow = watched
         optimiser.step()
         controller.grow = grow
-        assert not around or torch.equal(*around)
+        if around:
+            assert_close(*around, claim="b = 0; the sum over components may be taken in another order", rtol=0, atol=1e-15)
         optimiser.zero_grad()
         seen.append(ranks(model))
     assert sum(seen[-1]) == 8
@@ -105,8 +106,8 @@ def test_a_late_component_moves_as_under_an_optimiser_born_with_it(kind, setting
 
 
 def test_without_the_correction_a_late_component_would_move_several_times_too_far():
-    assert age_factor(1, 300, betas=(0.9, 0.999), warmup=0) < 1 / 3
-    assert age_factor(12, 312, betas=(0.9, 0.999), warmup=0) < 1 / 3
+    excess = [1 / age_factor(age, 10**5, betas=(0.9, 0.999), warmup=0) for age in (1, 12, 100)]
+    assert [round(times, 1) for times in excess] == [3.2, 6.6, 3.2]
 
 
 def test_component_warmup_ramps_the_first_steps():
@@ -126,7 +127,7 @@ def test_scoring_only_before_events_makes_the_same_decisions(monkeypatch):
     monkeypatch.setattr("partwise.tune._growth.scoring_matters", lambda *_, **__: True)
     always, always_ranks = run()
     assert windowed_ranks == always_ranks
-    assert_close(windowed, always, claim="the window of 64 steps forgets all but 0.05 %", rtol=5e-4, atol=1e-12)
+    assert_close(windowed, always, claim="0.05 % of the largest score", rtol=0, atol=5e-4 * float(always.max()))
 
 
 def test_importance_is_the_sum_over_the_entries_of_a_component():
@@ -164,11 +165,11 @@ def test_private_components_keep_what_they_learned_when_they_become_active():
     model = grower(schedule="split", budget=5, advance_learning=True, growth_modules=1, **FAST)
     optimiser = torch.optim.AdamW(adapter_weights(model), lr=1e-2)
     train(model, X, Y, num_steps=3, optimiser=optimiser)
-    columns = [slot.up.weight[:, 1].detach().clone() for slot in controller_of(model).slots]
+    columns = [slot.up.weight.detach()[:, 1].clone() for slot in controller_of(model).slots]
     assert all(float(column.abs().max()) > 0 for column in columns)
     train(model, X, Y, num_steps=1, optimiser=optimiser)
     grown = ranks(model).index(2)
-    assert float(controller_of(model).slots[grown].up.weight[:, 1].abs().max()) > 0.5 * float(columns[grown].abs().max())
+    assert float(controller_of(model).slots[grown].up.weight.detach()[:, 1].abs().max()) > 0.5 * float(columns[grown].abs().max())
 
 
 def test_private_components_that_never_became_active_leave_nothing_in_a_merge():
@@ -338,6 +339,7 @@ def test_pickled_and_copied_configurations_are_equal_and_work():
         assert active_ranks(get_peft_model(mlp(), twin)) == {"0": 1}
 
 
+@pytest.mark.filterwarnings("ignore")  # dynamo warns about its own work
 def test_a_compiled_model_trains_and_grows():
     model = grower(mlp(dtype=torch.float32), schedule="cycle", budget=6, **FAST)
     x, y = data(12, dtype=torch.float32)
