@@ -27,7 +27,7 @@ LABELS = {
     "lora": f"peft LoraConfig(r={RANK})",
     "split": f"AdaPaDConfig(preset='balanced', r={RANK}, init_r={RANK}, target_r={RANK}), levels dealt in every step",
     "joint": f"AdaPaDConfig(schedule='joint', r={RANK}, init_r={RANK}, target_r={RANK})",
-    "adalora": f"peft AdaLoraConfig(init_r={RANK}, target_r={RANK}), update_and_allocate called",
+    "adalora": f"peft AdaLoraConfig(init_r={RANK * 3 // 2}, target_r={RANK}), update_and_allocate called",
 }
 
 
@@ -45,7 +45,7 @@ def build(method: str) -> Any:
         "lora": lambda: LoraConfig(r=RANK, **shared),
         "split": lambda: AdaPaDConfig(preset="balanced", **grown),
         "joint": lambda: AdaPaDConfig(schedule="joint", **grown),
-        "adalora": lambda: AdaLoraConfig(init_r=RANK, target_r=RANK, total_step=10_000, tinit=0, tfinal=100, deltaT=10, **shared),
+        "adalora": lambda: AdaLoraConfig(init_r=RANK * 3 // 2, target_r=RANK, total_step=10_000, tinit=0, tfinal=100, deltaT=10, **shared),
     }
     torch.manual_seed(0)
     return get_peft_model(base, configs[method]()).train()
