@@ -246,7 +246,7 @@ def test_evaluation_sees_all_active_components_and_no_waiting_or_private_one():
     assert_close(model(X), plain(X), claim="the deployed network")
 
 
-def test_a_lora_config_is_what_peft_still_calls_by_the_names_we_use():
+def test_peft_still_has_the_private_names_that_we_use():
     from peft.tuners.lora.model import LoraModel
 
     config = LoraConfig()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from adapters import adapter_weights
 from partwise.tune import AdaPaDCallback, AdaPaDConfig, OneRankAtATime, RepeatForLevels
@@ -63,19 +63,25 @@ def test_trainer_grows_ranks_and_resumes_in_the_middle_of_a_scoring_window(tmp_p
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):
     plain = run(tmp_path / "plain", num_steps=4)
-    saving = run(tmp_path / "saving", num_steps=4, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False})
+    saving = run(tmp_path / "saving", num_steps=4, activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": False})
     expected = adapter(plain)
     assert all(torch.equal(value, expected[name]) for name, value in adapter(saving).items())
     assert active_ranks(saving) == active_ranks(plain)
 
 
 def test_the_callback_logs_finalises_and_tells_the_number_of_steps(tmp_path):
-    model = get_peft_model(tiny_bert(), config(growth_interval=None, growth_warmup=None, growth_modules=None))
-    trainer = Trainer(model, arguments(tmp_path, num_steps=20), train_dataset=Rows(), callbacks=[AdaPaDCallback()])
+    model = get_peft_model(tiny_bert(), config(growth_interval=None, growth_warmup=None, growth_modules=None, target_r=None, budget=26))
+    logged = []
+
+    class Recorder(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **_):
+            logged.append(dict(logs))
+
+    trainer = Trainer(model, arguments(tmp_path, num_steps=20), train_dataset=Rows(), callbacks=[AdaPaDCallback(), Recorder()])
     trainer.train()
     num_modules = len(active_ranks(model))
-    assert sum(active_ranks(model).values()) == 2 * num_modules
-    assert trainer.state.log_history[0]["adapad_components"] >= num_modules
+    assert sum(active_ranks(model).values()) == 26
+    assert num_modules <= logged[0]["adapad_components"] <= 26
     assert type(model.peft_config["default"]).__name__ == "LoraConfig"
     trainer.save_model(str(tmp_path / "out"))
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
@@ -166,7 +172,7 @@ if rank == 0:
         optimiser.step()
         optimiser.zero_grad()
     assert active_ranks(twin) == ranks, (active_ranks(twin), ranks)
-    worst = max(float((a - b).abs().max()) for a, b in zip(dist_free, adapter_weights(twin)))
+    worst = max(float((a - b).abs().max()) for a, b in zip(dist_free, (p.detach() for p in adapter_weights(twin))))
     assert worst < 1e-7, worst
     print("same", worst, ranks)
 """

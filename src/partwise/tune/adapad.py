@@ -210,6 +210,13 @@ def attach(model: nn.Module, adapter_name: str) -> None:
 
     ``model.add_adapter(name, AdaPaDConfig(...))`` on such a model makes plain LoRA layers; this turns them into growing ones.
 
+    Parameters
+    ----------
+    model : nn.Module
+        The peft model.
+    adapter_name : str
+        The adapter that was added with an ``AdaPaDConfig``.
+
     Raises
     ------
     InputError
@@ -230,5 +237,11 @@ def attach(model: nn.Module, adapter_name: str) -> None:
 
 
 def step_done(model: nn.Module) -> None:
-    """Tell the adapter of an optimiser step that torch's hooks cannot see (no correction of young components then)."""
+    """Tell the adapter of an optimiser step that torch's hooks cannot see (no correction of young components then).
+
+    Parameters
+    ----------
+    model : nn.Module
+        With a growing AdaPaD adapter.
+    """
     controller_of(model).step_done()

@@ -18,6 +18,11 @@ def level_passes(model: nn.Module) -> Iterator[int]:
     A task head collects all of them; what the passes add to its gradient is divided by their number. While a joint start or
     finish lasts, there is one pass.
 
+    Parameters
+    ----------
+    model : nn.Module
+        With a growing AdaPaD adapter.
+
     Yields
     ------
     int

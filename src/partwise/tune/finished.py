@@ -26,6 +26,8 @@ def rank_table(model: nn.Module, adapter_name: str | None = None) -> Ledger:
     ----------
     model : nn.Module
         With an AdaPaD adapter, growing or finalised, or with any plain LoRA adapter (its scores are energies then).
+    adapter_name : str, optional
+        Left out: the active adapter.
     """
     adapter = adapter_name or truncation.active_adapter(model)
     layers = truncation.lora_layers(model, adapter)
@@ -55,6 +57,8 @@ def finalize(model: nn.Module, adapter_name: str | None = None, *, singular_orde
     ----------
     model : nn.Module
         Model with an AdaPaD adapter. A plain LoRA adapter is accepted and only rotated.
+    adapter_name : str, optional
+        Left out: the active adapter.
     singular_order : bool, optional
         Rotate each module to its singular components, so that trailing ones are the least useful; the function stays. Left out: only
         where training gave the components no order (``schedule="joint"``, and plain LoRA that AdaPaD did not train).
