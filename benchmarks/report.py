@@ -74,9 +74,10 @@ def result_names(folder: Path = RESULTS) -> list[str]:
 
 
 def claims_block(rows: Sequence[Row], *, claims_page: str) -> str:
-    """The short table for README and method pages: what was claimed, ours, the rival, and whether it held."""
+    """The short table for README and method pages: what was claimed, ours, the rival, and whether it held. Rows for information stay on the claims page."""
     if not rows:
         return NO_ROWS
+    rows = [row for row in rows if row.held is not None] or rows
     lines = [[row.claim, _ours(row), _rival(row), row.paper or "-", row.expected or "-", ASKED[row.held]] for row in rows]
     head = ["claim", "ours", "rival", "the paper says", "asked for", "held"]
     return table(head, lines) + f"\nMedian over the seeds, in brackets the lowest and the highest; generated from [all rows]({claims_page}).\n"

@@ -30,7 +30,7 @@ from partwise.tune.job import SPLIT_SEED, TuneSettings, tune
 from partwise.tune.lora import LoRA
 from partwise.tune.recipe import Recipe
 
-NAME, CURVES, TUNING = "tune_quality", "tune_quality_curves", "tune_learning_rate"
+NAME = "tune_quality"
 DEFAULT_PRESET = AdaPaDSettings().preset
 GRID = (0.003, 0.0045, 0.006, 0.008, 0.012)
 TASK: dict[str, Any] = {"max_steps": 200, "batch_size": 16, "lr": 0.006}  # the built-in task; lr is the best of the grid
@@ -123,7 +123,7 @@ def quality(num_seeds: int, target_r: float, runs: Path, *, only: int | None) ->
             if values is not None:
                 parameters = [next(point["parameters"] for point in curve if point["rank"] == rank) for curve in entry["kept_rank_curve"]]
                 rows.append(
-                    CURVES,
+                    NAME,
                     rows.Row(
                         claim=f"curve: {label}, at most {rank} components in a module ({size})",
                         method=label,
@@ -156,7 +156,7 @@ def grid(num_seeds: int, runs: Path) -> None:
             values.append(summary["metric_after"])
         if values:
             rows.append(
-                TUNING,
+                NAME,
                 rows.Row(
                     claim=f"tuning: LoRA at learning rate {lr:g}",
                     method=repr(LoRA()),

@@ -54,7 +54,7 @@ class LoRA(Recipe):
 def modules_to_save(model: nn.Module) -> list[str] | None:
     """Modules that the checkpoint lacked and peft does not count as heads, such as a new pooler: they are trained and saved whole."""
     heads = tuple(name for names in HEADS.values() for name in names)
-    return [name for name in getattr(model, "partwise_new_modules", ()) if not name.endswith(heads)] or None
+    return [name for name in getattr(model, "partwise_new_modules", ()) if not _lies_in(name, heads)] or None
 
 
 def _lies_in(name: str, whole: tuple[str, ...]) -> bool:
