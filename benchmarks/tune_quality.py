@@ -64,12 +64,14 @@ def measure(methods: Mapping[str, Recipe], settings: TuneSettings, seeds: Sequen
                 tune(recipe, replace(settings, seed=seed), name=name, out=place, resume=(place / "run.json").exists(), task_data=examples)
 
 
-def quality(num_seeds: int, target_r: float, runs: Path, *, only: int | None) -> None:
+def quality(num_seeds: int, target_r: float, runs: Path, *, only: int | None, confirm: bool) -> None:
     """Run the comparison, or only one seed of it, and append the rows once all runs are there."""
     start = time.perf_counter()
     methods = recipes(r=max(4, int(2 * target_r)))
+    if confirm:
+        methods = {name: methods[name] for name in ("lora", f"adapad {DEFAULT_PRESET}")}
     settings = TuneSettings(target_r=target_r, **TASK)
-    seeds = range(num_seeds)
+    seeds = range(num_seeds, 2 * num_seeds) if confirm else range(num_seeds)
     runs = runs / f"target-r-{target_r:g}"
     measure(methods, settings, seeds if only is None else [only], runs)
     if only is not None:
@@ -78,9 +80,9 @@ def quality(num_seeds: int, target_r: float, runs: Path, *, only: int | None) ->
     table = {entry["method"]: entry for name in methods for entry in comparison_rows(name, summaries[name], seeds=seeds)}
     seconds = sum(summary["seconds"] for group in summaries.values() for summary in group) + time.perf_counter() - start
     summary = summaries["lora"][0]
-    lora, size = table["lora"], f"target rank {target_r:g}, {settings.max_steps} steps"
+    lora, size = table["lora"], f"target rank {target_r:g}, {settings.max_steps} steps{', fresh seeds' * confirm}"
     common: dict[str, Any] = {"unit": summary["metric_name"], "seeds": lora["seeds"], "seconds": seconds}
-    for preset in PRESETS:
+    for preset in (DEFAULT_PRESET,) if confirm else PRESETS:
         name = f"adapad {preset}"
         own = table[name]
         note = f"{size}; saved parameters: median {statistics.median(own['saved_parameters']):.0f}, LoRA {statistics.median(lora['saved_parameters']):.0f}"
@@ -174,6 +176,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--target-r", type=float, default=2.0)
     parser.add_argument("--only", type=int, help="train one seed and append nothing: several processes can share the work")
+    parser.add_argument("--confirm", action="store_true", help="the default preset and LoRA again, on as many seeds that no choice was made on")
     parser.add_argument("--grid", action="store_true")
     parser.add_argument("--runs", type=Path, default=rows.ROOT / "runs" / "bench-tune-quality")
     options = parser.parse_args()
@@ -181,4 +184,4 @@ if __name__ == "__main__":
     if options.grid:
         grid(2, options.runs)
     else:
-        quality(options.seeds, options.target_r, options.runs, only=options.only)
+        quality(options.seeds, options.target_r, options.runs, only=options.only, confirm=options.confirm)

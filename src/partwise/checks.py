@@ -69,9 +69,7 @@ def load_extra(module: str, *, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise MissingExtra(
-            "missing-extra", f"{module} is not installed, and this needs it. Run: pip install 'partwise[{extra}]'"
-        ) from error
+        raise MissingExtra("missing-extra", f"{module} is not installed, and this needs it. Run: pip install 'partwise[{extra}]'") from error
 
 
 def check_rank(rank: int, shape: Sequence[int], *, name: str = "rank") -> None:
