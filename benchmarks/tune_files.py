@@ -42,7 +42,6 @@ def trained(seed: int) -> tuple[Any, dict[str, Tensor]]:
     return model.eval(), {"input_ids": torch.randint(1000, 20000, (32, SEQ), generator=generator)}
 
 
-@torch.no_grad()
 def differences(seed: int, *, finalised: bool) -> tuple[float, float, int, list[str]]:
     """Largest logit difference reloaded and merged, number of warnings, and configuration fields that a LoraConfig does not know."""
     from dataclasses import fields
@@ -53,10 +52,12 @@ def differences(seed: int, *, finalised: bool) -> tuple[float, float, int, list[
     from partwise.tune._models import load_model
 
     model, inputs = trained(seed)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
     logits = model(**inputs).logits
     if finalised:
         finalize(model)
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught:
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model.save_pretrained(folder)
         config = json.loads((Path(folder) / "adapter_config.json").read_text())
