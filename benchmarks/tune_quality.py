@@ -32,7 +32,7 @@ from partwise.tune.recipe import Recipe
 
 NAME = "tune_quality"
 DEFAULT_PRESET = AdaPaDSettings().preset
-GRID = (0.003, 0.0045, 0.006, 0.008, 0.012)
+GRID = (0.003, 0.006, 0.012)
 TASK: dict[str, Any] = {"max_steps": 200, "batch_size": 16, "lr": 0.006}  # the built-in task; lr is the best of the grid
 SVD = "lora, by SVD"
 
