@@ -277,6 +277,14 @@ def test_a_comparison_needs_something_to_compare(tmp_path: Path):
         compare({"lora": LoRA()}, TuneSettings(), out=tmp_path / "run")
 
 
+def test_a_method_that_cannot_work_is_refused_before_another_has_trained(tmp_path: Path, model_folder: Path, reviews: Path):
+    settings = TuneSettings(model=str(model_folder), max_steps=1, batch_size=8, lr=0.01)
+    data = DataSettings(data=str(reviews), max_length=16)
+    with pytest.raises(InputError, match="AdaLoRA needs a step to score components"):
+        compare({"lora": LoRA(), "adalora": AdaLoRA()}, settings, data, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_runs_without_a_name_get_the_first_free_number(tmp_path: Path):
     assert fresh_run("lora", parent=tmp_path) == tmp_path / "lora-001"
     (tmp_path / "lora-001").mkdir()

@@ -10,7 +10,7 @@ from typing import Any
 from partwise.checks import InputError
 from partwise.runs import RunFolder
 from partwise.tune._data import DataSettings, read_task_data
-from partwise.tune.job import SPLIT_SEED, Report, TuneSettings, check_place, tune
+from partwise.tune.job import SPLIT_SEED, Report, TuneSettings, check_place, prepare, tune
 from partwise.tune.recipe import Recipe
 
 
@@ -64,6 +64,9 @@ def compare(
     examples = read_task_data(data, seed=SPLIT_SEED)
     seeds = list(range(settings.seed, settings.seed + num_seeds))
     main = next(iter(recipes))
+    for name, recipe in recipes.items():  # a method that cannot work says so before another one has trained
+        if name != main and not resume:
+            prepare(recipe, settings, data, name=name, task_data=examples, report=lambda phase, done, total, loss: None)
     summaries: dict[str, list[dict[str, Any]]] = {name: [] for name in recipes}
     for number, seed in enumerate(seeds):
         for name, recipe in recipes.items():
