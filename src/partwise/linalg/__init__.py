@@ -1,10 +1,11 @@
-"""Pure tensor maths: functions of tensors that return tensors, with no files, no logging and no global seed.
+"""Pure maths: functions of arrays that return arrays, with no files, no logging and no global seed.
 
 - ``rank_one`` - rank-one regression: its closed form, and solver steps on a deflated target.
 - ``deflation`` - remove rank-one parts from a matrix; how far a part is from the exact one.
 - ``bounds`` - what theory says about errors, rates and warm-up rounds of deflation.
 - ``compute_schedule`` - deal a number of steps to components.
 - ``subspace`` - angles, gaps, low-rank projections.
+- ``products`` - matrix products whose bits do not depend on the batch.
 
 Importing this package loads none of them; ``rank_one_step`` and ``deflate`` load torch when first used.
 """
