@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from partwise.checks import InputError
 from partwise.engine.inline import inline
-from partwise.rounds import part_generator, run_rounds
+from partwise.rounds import part_seed, run_rounds
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,13 @@ def test_a_number_of_rounds_below_one_is_refused(num_rounds: Any) -> None:
 
 
 def test_what_a_part_draws_depends_on_seed_round_and_part_only() -> None:
-    def draw(seed: int, round_number: int, part: int) -> float:
-        return float(torch.rand(1, generator=part_generator(seed, round_number=round_number, part=part)))
+    seeds = {(s, r, p): part_seed(s, round_number=r, part=p) for s in range(3) for r in range(3) for p in range(3)}
+    assert len(set(seeds.values())) == 27
+    np.random.default_rng(99).random()
+    assert part_seed(2, round_number=1, part=0) == seeds[2, 1, 0]
 
-    draws = {(s, r, p): draw(s, r, p) for s in range(3) for r in range(3) for p in range(3)}
-    assert len(set(draws.values())) == 27
-    torch.manual_seed(99)
-    assert draw(2, 1, 0) == draws[2, 1, 0]
+
+def test_the_seed_of_a_part_starts_generators_of_numpy_and_torch() -> None:
+    seed = part_seed(0, round_number=1, part=2)
+    assert np.random.default_rng(seed).random() != np.random.default_rng(seed + 1).random()
+    assert torch.Generator().manual_seed(seed).initial_seed() == seed

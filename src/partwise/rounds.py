@@ -17,7 +17,7 @@ from partwise.engine.inline import inline
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["RoundMethod", "part_generator", "run_rounds"]
+__all__ = ["RoundMethod", "part_generator", "part_seed", "run_rounds"]
 
 State = TypeVar("State")
 Part = TypeVar("Part")
@@ -27,8 +27,8 @@ Result = TypeVar("Result")
 class RoundMethod(Protocol[State, Part, Result]):
     """Three functions that make a method run in rounds on any engine.
 
-    A method is a frozen dataclass: its fields are its settings, its repr rebuilds it. It may also offer ``work_all(parts) -> list of results``,
-    the batched form of ``work``, which the inline engine then uses.
+    A method is a frozen dataclass: its fields are its settings, its repr rebuilds it. Parts and results carry ``index``, the number of their part.
+    What else a method may offer is said at ``partwise.engine.Worker``.
     """
 
     def split(self, state: State) -> Sequence[Part]:
@@ -40,7 +40,7 @@ class RoundMethod(Protocol[State, Part, Result]):
         ...
 
     def merge(self, state: State, results: Sequence[Result]) -> State:
-        """New state from the old one and the results that arrived: any subset, in any order. ``state`` itself is not changed."""
+        """New state from the old one and the results that arrived: any subset, in any order, some twice. ``state`` itself is not changed."""
         ...
 
 
@@ -85,8 +85,8 @@ def run_rounds(
     return state
 
 
-def part_generator(seed: int, *, round_number: int, part: int) -> torch.Generator:
-    """Random generator of one part in one round.
+def part_seed(seed: int, *, round_number: int, part: int) -> int:
+    """Seed of the random generator of one part in one round, for ``numpy.random.default_rng`` or ``torch.Generator.manual_seed``.
 
     It depends on the three numbers only, so neither the order of the workers nor their place can change what a part draws.
 
@@ -98,9 +98,19 @@ def part_generator(seed: int, *, round_number: int, part: int) -> torch.Generato
         0 for what is drawn before the first round, then 1, 2, ...
     part : int
         Index of the part.
+
+    Examples
+    --------
+    >>> part_seed(0, round_number=1, part=2) == part_seed(0, round_number=2, part=1)
+    False
     """
-    import numpy as np  # late, as torch: importing this module stays light
+    import numpy as np  # late: importing this module stays light
+
+    return int(np.random.SeedSequence((seed, round_number, part)).generate_state(1, np.uint64)[0])
+
+
+def part_generator(seed: int, *, round_number: int, part: int) -> torch.Generator:
+    """``torch.Generator`` with the seed of ``part_seed``."""
     import torch
 
-    mixed = np.random.SeedSequence((seed, round_number, part)).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(mixed[0]))
+    return torch.Generator().manual_seed(part_seed(seed, round_number=round_number, part=part))
