@@ -16,9 +16,10 @@ import pytest
 from partwise import __version__
 from partwise.cli import main, progress_bar
 from partwise.doctor import examine, look_at_disk, look_for
+from partwise.flags import flag_value, resume_command
 from partwise.runs import RunFolder
 from partwise.tune import METHODS
-from partwise.tune._flags import flag_value, read_tune_flags, resume_command
+from partwise.tune._flags import read_tune_flags
 from tune_runs import tiny_flags, write_encoder, write_reviews
 
 HEAVY = ("torch", "transformers", "peft", "matplotlib", "sklearn", "datasets", "numpy")
@@ -269,13 +270,13 @@ def test_flags_are_read_in_both_spellings():
 
 
 def test_the_resume_command_repeats_the_flags(tmp_path: Path):
-    assert resume_command(["lora", "--lr", "1"], Path("runs/a b")) == "partwise tune lora --lr 1 --out 'runs/a b' --resume"
-    assert resume_command(["--out", "x", "--resume"], Path("x")) == "partwise tune --out x --resume"
+    assert resume_command(["partwise", "tune", "lora", "--lr", "1"], Path("runs/a b")) == "partwise tune lora --lr 1 --out 'runs/a b' --resume"
+    assert resume_command(["partwise", "tune", "--out", "x", "--resume"], Path("x")) == "partwise tune --out x --resume"
 
 
 def test_no_progress_bar_without_a_terminal(capsys: pytest.CaptureFixture[str]):
     with progress_bar(shown=True) as report:
-        report("training", 1, 2, 0.5)
+        report("training", 1, 2, "loss 0.5")
     assert capsys.readouterr() == ("", "")
 
 

@@ -11,16 +11,23 @@ import pytest
 from rich.console import Console
 
 from fake_run import bert_names, llama_names, make_run
-from partwise import figures
 from partwise.checkpoint import read_json, write_json
 from partwise.checks import InputError, MissingExtra, RunError
-from partwise.figures import Point
+from partwise.figures import part_map, thinned
 from partwise.ledger import Ledger, Part
-from partwise.report import format_bytes, format_metric, format_seconds, ledger_markdown, ledger_table, write_report
+from partwise.report import format_bytes, format_metric, format_seconds, ledger_markdown, ledger_table
+from partwise.report import write_report as write_page
 from partwise.runs import RunFolder
+from partwise.tune import _figures as figures
+from partwise.tune._figures import Point
+from partwise.tune._report import describe
 
 ALL_SECTIONS = ["Rank map", "Growth over time", "Loss", "Quality against kept rank", "Sizes", "Part ledger", "Settings"]
 OKABE_ITO = {"#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442"}
+
+
+def write_report(path: Path) -> Path:
+    return write_page(path, describe)
 
 
 class Page(HTMLParser):
@@ -243,7 +250,7 @@ def test_many_kinds_of_modules_are_taken_together_beyond_the_colours() -> None:
 def test_models_of_any_shape_are_drawn_inside_the_figure(names: list[str]) -> None:
     ledger = ledger_of(names, num_parts=30)
     ranks = dict.fromkeys(names, 30)
-    for drawing in (figures.rank_map(ranks), figures.part_map(ledger), figures.growth([(0, dict.fromkeys(names, 1)), (3, ranks)], num_steps=9)):
+    for drawing in (figures.rank_map(ranks), part_map(ledger), figures.growth([(0, dict.fromkeys(names, 1)), (3, ranks)], num_steps=9)):
         width = float(ElementTree.fromstring(drawing).attrib["viewBox"].split()[2])
         right_edges = [float(left) + float(size) for left, size in re.findall(r"M([\d.]+) [\d.]+h([\d.]+)v", drawing)]
         assert right_edges
@@ -252,14 +259,14 @@ def test_models_of_any_shape_are_drawn_inside_the_figure(names: list[str]) -> No
 
 def test_huge_models_show_parts_by_layer() -> None:
     names = [f"model.layers.{layer}.experts.{expert}.up" for layer in range(8) for expert in range(60)]
-    drawing = figures.part_map(ledger_of(names, num_parts=1))
+    drawing = part_map(ledger_of(names, num_parts=1))
     assert re.findall(r">(layer \d)</text>", drawing) == [f"layer {layer}" for layer in range(8)]
 
 
 @pytest.mark.parametrize("num_points", [1, 2, 7, 401, 5000])
 def test_thinning_keeps_the_mean_and_bounds_the_number_of_points(num_points: int) -> None:
     points = [(step, float(step % 5)) for step in range(num_points)]
-    thin = figures._thinned(points, num_points=400)
+    thin = thinned(points, num_points=400)
     assert len(thin) <= 400
     size = -(-num_points // 400)
     full = points[: len(points) // size * size]
@@ -267,11 +274,11 @@ def test_thinning_keeps_the_mean_and_bounds_the_number_of_points(num_points: int
 
 
 def test_smoothing_has_no_bias_towards_the_start() -> None:
-    assert [value for _, value in figures._smoothed([(step, 3.0) for step in range(90)])] == pytest.approx([3.0] * 90)
+    assert [value for _, value in figures.smoothed([(step, 3.0) for step in range(90)])] == pytest.approx([3.0] * 90)
 
 
 def test_a_stretch_of_equal_ranks_is_one_bar() -> None:
-    assert figures._runs([(0, 0), (2, 1), (4, 1), (6, 3)], 10) == [(2, 6, 1), (6, 10, 3)]
+    assert figures.stretches([(0, 0), (2, 1), (4, 1), (6, 3)], 10) == [(2, 6, 1), (6, 10, 3)]
 
 
 def printed(ledger: Ledger, **options: Any) -> list[str]:

@@ -15,11 +15,16 @@ A run that was killed is resumed by the same command with ``--resume``; settings
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import errno
 import fcntl
+import importlib.metadata
 import json
 import logging
 import os
+import signal
+import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,7 +33,7 @@ from typing import Any, Literal, get_args
 from partwise.checkpoint import clear_leftovers, read_json, to_json_line, write_atomic, write_json, write_refused
 from partwise.checks import InputError, RunError, check_choice
 
-__all__ = ["RunFolder", "Status"]
+__all__ = ["RunFolder", "Status", "Stopped", "check_place", "flat_settings", "fresh_run", "installed_version", "stop_flag"]
 
 logger = logging.getLogger(__name__)
 
@@ -260,3 +265,76 @@ def _differences(name: str, got: Any, expected: Any) -> list[str]:
         keys = sorted(got.keys() | expected.keys())
         return [line for key in keys for line in _differences(f"{name}.{key}", got.get(key), expected.get(key))]
     return [] if got == expected else [f"{name}: got {json.dumps(got)}, expected {json.dumps(expected)}"]
+
+
+class Stopped(KeyboardInterrupt):
+    """A run was interrupted; what it had done is saved.
+
+    Parameters
+    ----------
+    run : Path
+        Folder of the run, to resume from.
+    """
+
+    def __init__(self, run: Path) -> None:
+        super().__init__(str(run))
+        self.run = run
+
+
+def check_place(out: Path, *, resume: bool) -> None:
+    """Refuse, before anything slow happens, a folder that a new run would overwrite, or a resumption of nothing."""
+    if resume:
+        RunFolder.open(out)
+    elif RunFolder.exists(out):
+        raise InputError("run-exists", f"{out} already holds a run, expected a new folder. Pass --resume to go on with it, or choose another --out.")
+    elif out.exists() and (not out.is_dir() or any(entry.name != ".lock" for entry in out.iterdir())):
+        raise InputError("run-exists", f"{out} is not empty, expected a new or an empty folder. Choose another --out.")
+
+
+def fresh_run(name: str, *, parent: Path = Path("runs")) -> Path:
+    """First unused folder ``runs/<name>-001``, ``-002``, ..."""
+    number = 1
+    while (parent / f"{name}-{number:03d}").exists():
+        number += 1
+    return parent / f"{name}-{number:03d}"
+
+
+def installed_version(library: str) -> str:
+    """Version of an installed library, or ``missing``."""
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
+def flat_settings(value: Any) -> dict[str, Any]:
+    """Fields of a dataclass, those of dataclasses in its fields among them, by name."""
+    found: dict[str, Any] = {}
+    for item in dataclasses.fields(value):
+        inner = getattr(value, item.name)
+        found |= flat_settings(inner) if dataclasses.is_dataclass(inner) else {item.name: inner}
+    return found
+
+
+@contextlib.contextmanager
+def stop_flag() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets instead of interrupting; a second Ctrl-C interrupts at once.
+
+    Outside the main thread, where Python allows no signal handlers, the event is simply never set.
+    """
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    previous = signal.getsignal(signal.SIGINT)
+
+    def on_interrupt(number: int, frame: Any) -> None:
+        logger.warning("stopping after this step or round; press Ctrl-C again to stop without saving")
+        stop.set()
+        signal.signal(signal.SIGINT, previous)
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, previous)

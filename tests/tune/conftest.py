@@ -36,4 +36,4 @@ def reviews(tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def no_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing a report takes longer than a tiny run; the command line's tests draw it, and so does ``finished``, which is made before this."""
-    monkeypatch.setattr("partwise.report.write_report", lambda run: run / "report.html")
+    monkeypatch.setattr("partwise.report.write_report", lambda run, describe: run / "report.html")

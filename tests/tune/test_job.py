@@ -15,14 +15,14 @@ from transformers import AutoModelForSequenceClassification
 
 from partwise.checkpoint import latest_checkpoint, load_checkpoint
 from partwise.checks import InputError, MissingExtra, RunError
-from partwise.runs import RunFolder
+from partwise.runs import RunFolder, fresh_run
 from partwise.tune._cut import truncate_run
 from partwise.tune._data import DataSettings
 from partwise.tune.adalora import AdaLoRA
 from partwise.tune.adapad_recipe import AdaPaD
 from partwise.tune.compare import compare
 from partwise.tune.eva import EVA
-from partwise.tune.job import TuneSettings, fresh_run, tune
+from partwise.tune.job import TuneSettings, tune
 from partwise.tune.lora import LoRA
 from tune_runs import run_tiny
 
@@ -303,7 +303,7 @@ def test_training_does_not_disturb_the_random_numbers_of_evaluation(tmp_path: Pa
 def test_without_the_extra_that_draws_a_run_still_finishes(
     tmp_path: Path, model_folder: Path, reviews: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    def missing(run: Path) -> Path:
+    def missing(run: Path, describe: Any) -> Path:
         raise MissingExtra("missing-extra", "matplotlib is not installed, and this needs it. Run: pip install 'partwise[report]'")
 
     monkeypatch.setattr("partwise.report.write_report", missing)

@@ -16,12 +16,11 @@ from typing import Any
 import pytest
 
 from partwise.checks import InputError, RunError
-from partwise.runs import RunFolder
+from partwise.runs import RunFolder, Stopped
 from partwise.tune.adalora import AdaLoRA
 from partwise.tune.adapad_recipe import AdaPaD
 from partwise.tune.eva import EVA
 from partwise.tune.increlora import IncreLoRA
-from partwise.tune.job import Stopped
 from partwise.tune.lora import LoRA
 from partwise.tune.one_rank_at_a_time import OneRank
 from partwise.tune.recipe import Recipe

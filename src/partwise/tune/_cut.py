@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from partwise.checkpoint import refuse_pickles
 from partwise.checks import InputError
+from partwise.flags import from_settings
 from partwise.runs import RunFolder
 from partwise.tune._data import DataSettings
-from partwise.tune._flags import from_settings
 from partwise.tune.job import Job, TuneSettings, prepare
 from partwise.tune.recipe import Plan, Recipe
 

@@ -6,14 +6,11 @@ optimiser state, the method's own state, and torch's random numbers (dropout dra
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-import signal
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +20,7 @@ from torch import Tensor
 
 from partwise.checkpoint import load_checkpoint, save_checkpoint
 from partwise.checks import RunError
+from partwise.runs import stop_flag
 from partwise.tune.recipe import Plan, Recipe
 
 if TYPE_CHECKING:
@@ -228,27 +226,3 @@ def restore(checkpoint: Path, model: PeftModel, recipe: Recipe, trained: Mapping
     if "rng.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng.cuda"])
     return Progress(**state["progress"])
-
-
-@contextlib.contextmanager
-def stop_flag() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets instead of interrupting; a second Ctrl-C interrupts at once.
-
-    Outside the main thread, where Python allows no signal handlers, the event is simply never set.
-    """
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    previous = signal.getsignal(signal.SIGINT)
-
-    def on_interrupt(number: int, frame: Any) -> None:
-        logger.warning("stopping after this step; press Ctrl-C again to stop without saving")
-        stop.set()
-        signal.signal(signal.SIGINT, previous)
-
-    signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, previous)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import safetensors
 import torch
 
-from partwise.checkpoint import write_folder, write_json
-from partwise.checks import MissingExtra
+from partwise.checkpoint import write_folder
 from partwise.ledger import Ledger, Part
 from partwise.tune.truncation import active_adapter, component_energy, factors, keep_components, lora_layers, plan_cut, ranks_of, singular_order
 
@@ -21,8 +19,6 @@ if TYPE_CHECKING:
     from partwise.runs import RunFolder
     from partwise.tune._loop import Progress
     from partwise.tune.job import Job
-
-logger = logging.getLogger(__name__)
 
 WEIGHTS = "adapter_model.safetensors"
 BYTES_PER_NUMBER = 4
@@ -72,18 +68,11 @@ def finish_run(job: Job, run: RunFolder, progress: Progress, *, metric_before: f
 
 
 def publish(run: RunFolder, summary: dict[str, Any]) -> dict[str, Any]:
-    """Write ``summary.json``, call the run finished, and draw the report. Without the extra that draws, ``report`` is None and a warning says how to get it."""
-    from partwise.report import write_report
+    """Write ``summary.json``, call the run finished, and draw the report."""
+    from partwise import report
+    from partwise.tune._report import describe
 
-    write_json(run.summary, summary | {"report": str(run.report)})
-    run.set_status("finished")
-    try:
-        write_report(run.path)
-    except MissingExtra as missing:
-        logger.warning("no report was drawn: %s Then: partwise report %s", missing, run.path)
-        write_json(run.summary, summary | {"report": None})
-        return summary | {"report": None}
-    return summary | {"report": str(run.report)}
+    return report.publish(run, summary, describe)
 
 
 def save_adapter(model: PeftModel, folder: Path, *, readme: Callable[[dict[str, int]], str]) -> dict[str, int]:

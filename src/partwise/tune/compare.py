@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from partwise.checks import InputError
-from partwise.runs import RunFolder
+from partwise.runs import RunFolder, check_place
 from partwise.tune._data import DataSettings, read_task_data
-from partwise.tune.job import SPLIT_SEED, Report, TuneSettings, check_place, prepare, tune
+from partwise.tune.job import SPLIT_SEED, Report, TuneSettings, prepare, tune
 from partwise.tune.recipe import Recipe
 
 

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.metadata
 import logging
 import platform
 import shutil
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from partwise import __version__
 from partwise.checks import InputError, load_extra
+from partwise.runs import RunFolder, Stopped, check_place, flat_settings, installed_version
 from partwise.tune._data import DataSettings
 from partwise.tune.recipe import Plan, Recipe
 
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
 
-    from partwise.runs import RunFolder
     from partwise.tune._data import Encoded, TaskData
 
 logger = logging.getLogger(__name__)
@@ -108,20 +106,6 @@ class TuneSettings:
             raise InputError("setting-out-of-range", f"--lr is {self.peak_lr:g}, expected a number above 0. Try {self.usual_lr:g}.")
         if not 0 <= self.weight_decay < float("inf"):
             raise InputError("setting-out-of-range", f"--weight-decay is {self.weight_decay:g}, expected 0 or more. Try 0.")
-
-
-class Stopped(KeyboardInterrupt):
-    """A run was interrupted; what it had done is saved.
-
-    Parameters
-    ----------
-    run : Path
-        Folder of the run, to resume from.
-    """
-
-    def __init__(self, run: Path) -> None:
-        super().__init__(str(run))
-        self.run = run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,8 +195,6 @@ def tune(
     Stopped
         After Ctrl-C, once the state is saved.
     """
-    from partwise.runs import RunFolder
-
     settings.check()
     check_place(out, resume=resume)
     data = data or DataSettings()
@@ -233,8 +215,6 @@ def tune(
 
 def has_started(out: Path) -> bool:
     """Whether a run has taken a step, so that its folder is worth keeping."""
-    from partwise.runs import RunFolder
-
     return RunFolder.exists(out) and any(row["kind"] == "train" for row in RunFolder(out).metrics())
 
 
@@ -360,26 +340,6 @@ def choose_device(wanted: str | None) -> str:
     return wanted
 
 
-def check_place(out: Path, *, resume: bool) -> None:
-    """Refuse, before anything slow happens, a folder that a new run would overwrite, or a resumption of nothing."""
-    from partwise.runs import RunFolder
-
-    if resume:
-        RunFolder.open(out)
-    elif RunFolder.exists(out):
-        raise InputError("run-exists", f"{out} already holds a run, expected a new folder. Pass --resume to go on with it, or choose another --out.")
-    elif out.exists() and (not out.is_dir() or any(entry.name != ".lock" for entry in out.iterdir())):
-        raise InputError("run-exists", f"{out} is not empty, expected a new or an empty folder. Choose another --out.")
-
-
-def fresh_run(name: str, *, parent: Path = Path("runs")) -> Path:
-    """First unused folder ``runs/<name>-001``, ``-002``, ..."""
-    number = 1
-    while (parent / f"{name}-{number:03d}").exists():
-        number += 1
-    return parent / f"{name}-{number:03d}"
-
-
 def run_header(job: Job, data: DataSettings, *, command: Sequence[str]) -> dict[str, Any]:
     """What ``run.json`` says about a run: everything that its result depends on."""
     settings = {"method": job.name} | flat_settings(job.recipe) | flat_settings(data) | flat_settings(job.settings)
@@ -400,20 +360,3 @@ def run_header(job: Job, data: DataSettings, *, command: Sequence[str]) -> dict[
         "command": list(command),
         "status": "running",
     }
-
-
-def installed_version(library: str) -> str:
-    """Version of an installed library, or ``missing``."""
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return "missing"
-
-
-def flat_settings(value: Any) -> dict[str, Any]:
-    """Fields of a dataclass, those of dataclasses in its fields among them, by name."""
-    found: dict[str, Any] = {}
-    for item in dataclasses.fields(value):
-        inner = getattr(value, item.name)
-        found |= flat_settings(inner) if dataclasses.is_dataclass(inner) else {item.name: inner}
-    return found

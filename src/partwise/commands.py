@@ -1,0 +1,45 @@
+"""What a command of a room is to the command line: something to do and something to show for it. It prints nothing itself.
+
+A room that has commands brings ``partwise/<room>/_command.py`` with
+
+* ``USAGE``: (command, what it does) pairs for ``partwise --help``,
+* ``EXAMPLES``: lines to start with,
+* ``read(arguments)``: the `Command` that the arguments after ``partwise <room>`` ask for, or the text of a help page.
+
+Light to import: whatever is heavy loads inside ``read``, or when the command does its work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+__all__ = ["Command", "Report"]
+
+Report = Callable[[str, int, int, str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One command with its flags read.
+
+    Parameters
+    ----------
+    work : callable
+        Does it. Told where to report (phase, done, total, note), returns the JSON object that ``--json`` prints. May raise ``partwise.runs.Stopped``.
+    show : callable
+        Turns that object into what a person reads: texts and rich tables.
+    json : bool
+        Whether to print the object instead.
+    resume : str
+        The command that goes on when this one was stopped.
+    """
+
+    work: Callable[[Report], dict[str, Any]]
+    show: Callable[[Mapping[str, Any]], Iterable[RenderableType]]
+    json: bool = False
+    resume: str = ""
