@@ -3,6 +3,7 @@
 - ``rank_one`` - rank-one regression: its closed form, and solver steps on a deflated target.
 - ``deflation`` - remove rank-one parts from a matrix; how far a part is from the exact one.
 - ``bounds`` - what theory says about errors, rates and warm-up rounds of deflation.
+- ``certificate`` - residuals, guaranteed intervals of eigenvalues, and a probe for missed ones.
 - ``compute_schedule`` - deal a number of steps to components.
 - ``subspace`` - angles, gaps, low-rank projections.
 - ``products`` - matrix products whose bits do not depend on the batch.
