@@ -11,9 +11,8 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import torch
 from sklearn.linear_model import LinearRegression
-from torch import Tensor
+from threadpoolctl import threadpool_limits
 
 from partwise.decompose import ParallelRankOneRegression, SequentialRankOneRegression
 from partwise.decompose.rank_one_rounds import Pairs, ParallelRankOne, random_pairs
@@ -78,13 +77,14 @@ def envelope_use(seed: int, *, num_components: int = 4, num_rounds: int = 600) -
     any call of the run really had, since a random start may lie nearly across the top vector, where power steps gain little.
     """
     rng = np.random.default_rng(seed)
-    half = torch.tensor(orthonormal(rng, len(EIGENVALUES), len(EIGENVALUES)) * np.sqrt(EIGENVALUES))
+    half = orthonormal(rng, len(EIGENVALUES), len(EIGENVALUES)) * np.sqrt(EIGENVALUES)
     target = half @ half.T  # principal components: Y = X X^T
     vectors = exact_parts(target, num_components=num_components).right
     states: list[Pairs] = [random_pairs(target, num_components=num_components, seed=seed)]
-    run_rounds(ParallelRankOne(activation="staggered"), states[0], num_rounds=num_rounds, progress=lambda _, state: states.append(state))
+    method = ParallelRankOne(target=target, activation="staggered")
+    run_rounds(method, states[0], num_rounds=num_rounds, progress=lambda _, state: states.append(state))
     errors = [aligned_distances(state.right, vectors) for state in states]  # errors[l] after round l
-    rates = theorem_rates([max(contractions(states, component=k)) for k in range(num_components)])
+    rates = theorem_rates([max(contractions(target, states, component=k)) for k in range(num_components)])
     warm_ups = warm_up_rounds(EIGENVALUES, rates)
     uses = [0.0]
     for k in range(num_components):
@@ -96,18 +96,18 @@ def envelope_use(seed: int, *, num_components: int = 4, num_rounds: int = 600) -
     return max(uses), float(seen), float(max(map(promised_round, warm_ups, rates)))
 
 
-def aligned_distances(rows: Tensor, vectors: Tensor) -> Tensor:
+def aligned_distances(rows: np.ndarray, vectors: np.ndarray) -> np.ndarray:
     """Distance of each row, made a unit vector of the right sign, from its unit vector: (k, dim) twice -> (k,)."""
-    units = torch.nn.functional.normalize(rows, dim=1)
-    return (units * (units * vectors).sum(dim=1, keepdim=True).sign() - vectors).norm(dim=1)
+    units = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.linalg.norm(units * np.sign((units * vectors).sum(axis=1, keepdims=True)) - vectors, axis=1)
 
 
-def contractions(states: list[Pairs], *, component: int) -> list[float]:
+def contractions(target: np.ndarray, states: list[Pairs], *, component: int) -> list[float]:
     """For every call of the solver on a component: its distance to the top vector of the target it met, after over before."""
     factors = []
     for before, after in pairwise(states[component:]):  # component k works from round k on
-        met = deflate(before.target, before.published_left[:component], before.right[:component])
-        _, sizes, top = torch.linalg.svd(met)
+        met = deflate(target, before.published_left[:component], before.right[:component])
+        _, sizes, top = np.linalg.svd(met)
         distances = [float(aligned_distances(state.right[component : component + 1], top[:1])[0]) for state in (before, after)]
         factors.append(float(sizes[1] / sizes[0]) ** 2)  # what the ratio tends to; below 1e-6 the ratio itself drowns in rounding
         if distances[0] > 1e-6:
@@ -152,7 +152,8 @@ def measure_rates() -> None:
 def measure_envelope() -> None:
     started = time.perf_counter()
     uses, seen, promised = zip(*(envelope_use(seed) for seed in SEEDS), strict=True)
-    method, note = repr(ParallelRankOne(activation="staggered")), f"Principal components of a matrix with eigenvalues {EIGENVALUES}, the first 4."
+    method = repr(ParallelRankOne(target=np.zeros((0, 0)), activation="staggered"))
+    note = f"Principal components of a matrix with eigenvalues {EIGENVALUES}, the first 4."
     report(
         started,
         claim="After the warm-up no error crosses the theorem's envelope",
@@ -253,9 +254,9 @@ def measure_time() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    measure_rates()
-    measure_envelope()
-    measure_against_sequential()
-    measure_activations()
-    measure_time()
+    with threadpool_limits(1):
+        measure_rates()
+        measure_envelope()
+        measure_against_sequential()
+        measure_activations()
+        measure_time()

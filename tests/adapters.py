@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -196,8 +197,8 @@ def fit_one_layer(schedule: str, num_steps: int) -> tuple[Tensor, Tensor, Tensor
 
 def component_errors(x: Tensor, y: Tensor, down: Tensor, up: Tensor) -> list[float]:
     """Distance of each component's map, applied to the inputs, from the exact one, over its singular value."""
-    regression = reduce_regression(x.T, y.T)
+    regression = reduce_regression(x.T.numpy(), y.T.numpy())
     exact = exact_parts(regression.target, num_components=4)
-    maps = [torch.outer(up[:, k], down[k]) @ x.T for k in range(4)]
-    wanted = [torch.outer(exact.left[k], exact.scaled_right[k]) @ regression.basis.T for k in range(4)]
-    return [float((found - known).norm() / value) for found, known, value in zip(maps, wanted, exact.singular_values, strict=False)]
+    maps = [(torch.outer(up[:, k], down[k]) @ x.T).numpy() for k in range(4)]
+    wanted = [np.outer(exact.left[k], exact.scaled_right[k]) @ regression.basis.T for k in range(4)]
+    return [float(np.linalg.norm(found - known) / value) for found, known, value in zip(maps, wanted, exact.singular_values, strict=False)]

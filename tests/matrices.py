@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 
-def matrix_with(singular_values: Sequence[float], *, rows: int, columns: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+def matrix_with(singular_values: Sequence[float], *, rows: int, columns: int, seed: int = 0) -> NDArray[np.float64]:
     """A random matrix (rows, columns) with these singular values."""
-    generator = torch.Generator().manual_seed(seed)
+    rng = np.random.default_rng(seed)
     count = len(singular_values)
-    left, _ = torch.linalg.qr(torch.randn(rows, count, dtype=torch.float64, generator=generator))  # (rows, count)
-    right, _ = torch.linalg.qr(torch.randn(columns, count, dtype=torch.float64, generator=generator))  # (columns, count)
-    return (left * torch.tensor(singular_values, dtype=torch.float64) @ right.T).to(dtype)
+    left, _ = np.linalg.qr(rng.standard_normal((rows, count)))  # (rows, count)
+    right, _ = np.linalg.qr(rng.standard_normal((columns, count)))  # (columns, count)
+    return np.ascontiguousarray(left * np.asarray(singular_values, dtype=float) @ right.T)
 
 
-def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+def gaussian(*shape: int, seed: int = 0, dtype: Any = np.float64) -> NDArray[Any]:
     """Independent normal entries."""
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)

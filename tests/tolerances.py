@@ -26,4 +26,6 @@ def assert_close(actual: Tensor | np.ndarray[Any, Any], expected: Tensor | np.nd
     Both are tensors or both are arrays. Dtype, device and shape must agree too. ``override`` may hold ``rtol`` and ``atol``; 0 asks for the same bits.
     """
     tolerance = TOLERANCE.get(str(actual.dtype).removeprefix("torch."), EXACT) | override
+    if not isinstance(actual, Tensor):
+        actual, expected = np.asarray(actual), np.asarray(expected)  # a sum over an array is a scalar of numpy, which torch does not know
     torch.testing.assert_close(actual, expected, **tolerance, msg=lambda detail: f"{claim}\n{detail}")

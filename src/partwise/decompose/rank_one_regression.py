@@ -4,141 +4,27 @@ from __future__ import annotations
 
 import math
 import warnings
-from abc import abstractmethod
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import ArrayLike, NDArray
-from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
+from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils import check_random_state
-from sklearn.utils.validation import check_is_fitted, validate_data
-from torch import Tensor
 
-from partwise.checks import InputError, RunError, check_at_least, check_choice, check_rank
-from partwise.decompose.rank_one_rounds import Pairs, ParallelRankOne, SequentialRankOne, random_pairs
+from partwise.checks import InputError, check_at_least, check_choice
+from partwise.decompose._rank_one_estimator import ErrorLog, RankOneEstimator
+from partwise.decompose.rank_one_rounds import Pairs, ParallelRankOne, SequentialRankOne
+from partwise.engine import Engine
 from partwise.linalg.compute_schedule import compute_schedule
-from partwise.linalg.deflation import deflation_errors, pair_distances
-from partwise.linalg.rank_one import ExactParts, ReducedRegression, exact_parts, numerical_rank, reduce_regression
+from partwise.linalg.deflation import pair_distances
 from partwise.rounds import run_rounds
 
 __all__ = ["SCHEDULES", "ParallelRankOneRegression", "SequentialRankOneRegression"]
 
 SCHEDULES = ("equal", "more-first", "less-first")
-SMALLEST_GAP = 1e-8  # relative to the largest singular value; below it components are defined as a group only
+NO_TARGET = np.zeros((0, 0))  # for checking the settings of rounds before there are data
 
 
-class _RankOneRegression(MultiOutputMixin, RegressorMixin, BaseEstimator):
-    """What the two estimators share: the checks at the door, the reduction, and the learned attributes."""
-
-    n_components: int
-    solver: str
-    lr: float
-    random_state: int | np.random.RandomState | None
-
-    @abstractmethod
-    def _check_settings(self) -> None:
-        """Refuse settings that no data could make right."""
-
-    @abstractmethod
-    def _run(self, start: Pairs, errors: _Errors) -> Pairs:
-        """Run the rounds from ``start`` and return the last state."""
-
-    def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
-        """Learn ``n_components`` rank-one maps from ``X`` to ``y``.
-
-        Parameters
-        ----------
-        X : array-like of shape (n_samples, n_features)
-            Inputs, float64 or float32 (kept), without NaN and without a column of zeros.
-        y : array-like of shape (n_samples,) or (n_samples, n_targets)
-            Targets, cast to the dtype of ``X``; the same rules.
-
-        Returns
-        -------
-        self
-            The fitted estimator.
-
-        Raises
-        ------
-        InputError
-            When a setting is out of range, or there are more components than the data can determine. A ``ValueError``.
-        RunError
-            When gradient steps diverge.
-
-        Warns
-        -----
-        UserWarning
-            When singular values that must be told apart are equal.
-        """
-        self._check_settings()
-        inputs, checked_y = validate_data(self, X, y, dtype=[np.float64, np.float32], multi_output=True, y_numeric=True)
-        targets = checked_y.astype(inputs.dtype, copy=False).reshape(len(inputs), -1)  # (samples, targets)
-        _check_columns(inputs, name="X")
-        _check_columns(targets, name="y")
-        check_rank(self.n_components, (targets.shape[1], inputs.shape[1]), name="n_components")
-        problem = reduce_regression(torch.tensor(inputs).T, torch.tensor(targets).T)  # columns are samples from here on
-        target_size = float(np.linalg.norm(targets))
-        exact = exact_parts(problem.target, num_components=self.n_components)
-        _check_spectrum(exact, problem, num_components=self.n_components, target_size=target_size)
-
-        size = exact.singular_values[0]  # rounds see a target of size 1, so that no setting depends on the unit of y
-        seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
-        start = random_pairs(problem.target / size, num_components=self.n_components, seed=seed)
-        errors = _Errors(exact, size)
-        last = self._run(start, errors)
-        if not bool(torch.isfinite(last.left).all() and torch.isfinite(last.right).all()):
-            raise RunError("diverged", f"got infinite numbers after {last.num_rounds} rounds with lr={self.lr}, expected finite ones. Lower lr.")
-        self._learn(problem, last.published_left * size, last.right, one_target=checked_y.ndim == 1)
-        self.errors_per_round_ = np.stack(errors.rows)  # (rounds, components)
-        self.n_iter_ = last.num_rounds
-        return self
-
-    def _learn(self, problem: ReducedRegression, left: Tensor, right: Tensor, *, one_target: bool) -> None:
-        maps = right @ problem.unreduce.T  # (components, features)
-        sizes = left.norm(dim=1) * right.norm(dim=1)  # (components,)
-        largest = maps.gather(1, maps.abs().argmax(dim=1, keepdim=True))  # (components, 1): the entry that fixes the sign
-        scale = left.norm(dim=1, keepdim=True) * torch.where(largest < 0, -1, 1)  # (components, 1)
-        loadings = left / torch.where(scale == 0, 1, scale)  # (components, targets), unit rows
-        self.components_: NDArray[Any] = (maps * scale).numpy()
-        self.y_loadings_: NDArray[Any] = loadings.T.contiguous().numpy()  # (targets, components)
-        self.singular_values_: NDArray[Any] = sizes.numpy()
-        coef = self.y_loadings_ @ self.components_  # (targets, features)
-        self.coef_: NDArray[Any] = coef[0] if one_target else coef
-        self.rank_ = problem.rank
-
-    def predict(self, X: ArrayLike) -> NDArray[Any]:
-        """Targets of new samples: ``X @ coef_.T``.
-
-        Parameters
-        ----------
-        X : array-like of shape (n_samples, n_features)
-            Inputs.
-
-        Returns
-        -------
-        ndarray of shape (n_samples,) or (n_samples, n_targets)
-            As many axes as the ``y`` that was fitted.
-        """
-        check_is_fitted(self)
-        inputs = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
-        predicted: NDArray[Any] = inputs @ self.coef_.T
-        return predicted
-
-
-class _Errors:
-    """Collects the error of every published component after every round."""
-
-    def __init__(self, exact: ExactParts, size: Tensor) -> None:
-        self.left, self.right = exact.left, exact.scaled_right / size
-        self.rows: list[NDArray[Any]] = []
-
-    def __call__(self, _: int, state: Pairs) -> None:
-        self.rows.append(deflation_errors(state.published_left, state.right, self.left, self.right).numpy())
-
-
-class ParallelRankOneRegression(_RankOneRegression):
+class ParallelRankOneRegression(RankOneEstimator):
     """Low-rank regression in which all rank-one maps are learned at the same time.
 
     Predicts ``y`` by a sum of ``n_components`` rank-one maps of ``X``, where map k is fitted to what the maps in front of it leave over. All maps
@@ -163,25 +49,17 @@ class ParallelRankOneRegression(_RankOneRegression):
         Step size of ``solver="gd"``, in units of one over the largest singular value of the fitted targets; at most 0.5.
     tol : float, default=1e-5
         Stop when every map is published and none moved by more than this fraction of its size in a round; 0 runs all rounds.
+    engine : {"inline", "ray"} or Engine, default="inline"
+        Where the maps are worked on: in this process, in Ray workers on this machine, or in an engine that is open already. The result is the same.
+    num_workers : int, optional
+        Ray workers, at most ``n_components``; by default one for each core.
     random_state : int, RandomState or None, default=None
         Decides where the maps start.
 
     Attributes
     ----------
-    components_ : ndarray of shape (n_components, n_features)
-        ``a_k``, scaled; the entry largest in size is positive.
-    y_loadings_ : ndarray of shape (n_targets, n_components)
-        ``b_k``, unit columns; ``coef_ = y_loadings_ @ components_``.
-    coef_ : ndarray of shape (n_targets, n_features) or (n_features,)
-        The sum of the maps; one axis when ``y`` has one.
-    singular_values_ : ndarray of shape (n_components,)
-        Norm of what each map contributes to the fitted targets.
-    errors_per_round_ : ndarray of shape (n_iter_, n_components)
-        Distance of each published map from the exact one after each round, relative to the exact one's size; 1 before it is published.
-    rank_ : int
-        Numerical rank of ``X``.
-    n_iter_ : int
-        Rounds that were run.
+    coef_, components_, y_loadings_, singular_values_, errors_per_round_, rank_, n_iter_
+        What was learned; shapes and meaning stand in ``RankOneEstimator``.
 
     See Also
     --------
@@ -218,6 +96,8 @@ class ParallelRankOneRegression(_RankOneRegression):
         activation: str = "advance",
         lr: float = 0.25,
         tol: float = 1e-5,
+        engine: str | Engine = "inline",
+        num_workers: int | None = None,
         random_state: int | np.random.RandomState | None = None,
     ) -> None:
         self.n_components = n_components
@@ -227,14 +107,17 @@ class ParallelRankOneRegression(_RankOneRegression):
         self.activation = activation
         self.lr = lr
         self.tol = tol
+        self.engine = engine
+        self.num_workers = num_workers
         self.random_state = random_state
 
-    def _rounds(self) -> ParallelRankOne:
-        return ParallelRankOne(solver=self.solver, num_local_steps=self.num_local_steps, activation=self.activation, lr=self.lr)
+    def _rounds(self, target: NDArray[Any]) -> ParallelRankOne:
+        return ParallelRankOne(
+            target=target, solver=self.solver, num_local_steps=self.num_local_steps, activation=self.activation, lr=self.lr
+        )
 
     def _check_settings(self) -> None:
-        self._rounds()
-        check_at_least(self.n_components, 1, name="n_components")
+        self._rounds(NO_TARGET)
         check_at_least(self.num_rounds, 1, name="num_rounds")
         if not 0 <= self.tol < 1:
             raise InputError("tol-range", f"got tol={self.tol}, expected 0 or more and below 1. Pass tol=1e-5, or 0 to run all rounds.")
@@ -245,7 +128,7 @@ class ParallelRankOneRegression(_RankOneRegression):
                 f"{self.n_components}: component k joins in round k. Raise num_rounds, or pass activation='all'.",
             )
 
-    def _run(self, start: Pairs, errors: _Errors) -> Pairs:
+    def _run(self, target: NDArray[Any], start: Pairs, errors: ErrorLog, engine: Engine) -> Pairs:
         largest_move = math.inf
 
         def settled(before: Pairs, after: Pairs) -> bool:
@@ -253,7 +136,7 @@ class ParallelRankOneRegression(_RankOneRegression):
             largest_move = _largest_move(before, after)
             return self.tol > 0 and largest_move <= self.tol
 
-        last = run_rounds(self._rounds(), start, num_rounds=self.num_rounds, progress=errors, stop=settled)
+        last = run_rounds(self._rounds(target), start, num_rounds=self.num_rounds, engine=engine, progress=errors, stop=settled)
         if self.tol > 0 and not largest_move <= self.tol:
             warnings.warn(
                 f"In round num_rounds={self.num_rounds} a map still moved by {largest_move:.1e} of its size, more than tol={self.tol}. "
@@ -264,7 +147,7 @@ class ParallelRankOneRegression(_RankOneRegression):
         return last
 
 
-class SequentialRankOneRegression(_RankOneRegression):
+class SequentialRankOneRegression(RankOneEstimator):
     """Low-rank regression in which rank-one maps are learned one after the other.
 
     Map k gets its share of the steps on what the frozen maps leave over, and is then frozen for good. Cheap and simple, and what a map gets wrong
@@ -289,27 +172,19 @@ class SequentialRankOneRegression(_RankOneRegression):
         How steep ``more-first`` and ``less-first`` are, above 0; the paper sees no gain beyond about 1.5. ``equal`` does not use it.
     lr : float, default=0.25
         Step size of ``solver="gd"``, in units of one over the largest singular value of the fitted targets; at most 0.5.
+    engine : {"inline", "ray"} or Engine, default="inline"
+        Where the maps are worked on: in this process, in Ray workers on this machine, or in an engine that is open already. The result is the same.
+    num_workers : int, optional
+        Ray workers, at most ``n_components``; by default one for each core.
     random_state : int, RandomState or None, default=None
         Decides where the maps start.
 
     Attributes
     ----------
-    components_ : ndarray of shape (n_components, n_features)
-        ``a_k``, scaled; the entry largest in size is positive.
-    y_loadings_ : ndarray of shape (n_targets, n_components)
-        ``b_k``, unit columns; ``coef_ = y_loadings_ @ components_``.
-    coef_ : ndarray of shape (n_targets, n_features) or (n_features,)
-        The sum of the maps; one axis when ``y`` has one.
-    singular_values_ : ndarray of shape (n_components,)
-        Norm of what each map contributes to the fitted targets.
-    errors_per_round_ : ndarray of shape (n_components, n_components)
-        Row k: distance of each map from the exact one after stage k, relative to the exact one's size; 1 before its stage.
+    coef_, components_, y_loadings_, singular_values_, errors_per_round_, rank_, n_iter_
+        What was learned; shapes and meaning stand in ``RankOneEstimator``.
     steps_ : tuple of int
         Steps that each map got.
-    rank_ : int
-        Numerical rank of ``X``.
-    n_iter_ : int
-        Stages that were run: n_components.
 
     See Also
     --------
@@ -345,6 +220,8 @@ class SequentialRankOneRegression(_RankOneRegression):
         schedule: str = "equal",
         alpha: float = 1.0,
         lr: float = 0.25,
+        engine: str | Engine = "inline",
+        num_workers: int | None = None,
         random_state: int | np.random.RandomState | None = None,
     ) -> None:
         self.n_components = n_components
@@ -354,26 +231,27 @@ class SequentialRankOneRegression(_RankOneRegression):
         self.schedule = schedule
         self.alpha = alpha
         self.lr = lr
+        self.engine = engine
+        self.num_workers = num_workers
         self.random_state = random_state
 
-    def _rounds(self) -> SequentialRankOne:
+    def _rounds(self, target: NDArray[Any]) -> SequentialRankOne:
         slope = {"equal": 0.0, "more-first": self.alpha, "less-first": -self.alpha}[self.schedule]
         steps = compute_schedule(self.n_components, self.num_steps, min_steps=self.min_steps, alpha=slope)
-        return SequentialRankOne(steps=steps, solver=self.solver, lr=self.lr)
+        return SequentialRankOne(target=target, steps=steps, solver=self.solver, lr=self.lr)
 
     def _check_settings(self) -> None:
-        check_at_least(self.n_components, 1, name="n_components")
         check_choice(self.schedule, SCHEDULES, name="schedule")
         if not self.alpha > 0:
             raise InputError(
                 "alpha-range", f"got alpha={self.alpha}, expected more than 0. The direction is the schedule's: more-first, less-first, or equal."
             )
-        self._rounds()
+        self._rounds(NO_TARGET)
 
-    def _run(self, start: Pairs, errors: _Errors) -> Pairs:
-        rounds = self._rounds()
+    def _run(self, target: NDArray[Any], start: Pairs, errors: ErrorLog, engine: Engine) -> Pairs:
+        rounds = self._rounds(target)
         self.steps_ = rounds.steps
-        return run_rounds(rounds, start, num_rounds=self.n_components, progress=errors)
+        return run_rounds(rounds, start, num_rounds=self.n_components, engine=engine, progress=errors)
 
 
 def _largest_move(before: Pairs, after: Pairs) -> float:
@@ -381,35 +259,4 @@ def _largest_move(before: Pairs, after: Pairs) -> float:
     if not all(before.published):
         return math.inf
     moves = pair_distances(after.left, after.right, before.left, before.right)  # (components,)
-    return float((moves / (after.left.norm(dim=1) * after.right.norm(dim=1))).max())
-
-
-def _check_columns(values: NDArray[Any], *, name: str) -> None:
-    empty = np.flatnonzero(~values.any(axis=0))
-    if len(empty):
-        raise InputError(
-            "zero-column",
-            f"got {len(empty)} of {values.shape[1]} columns of {name} with zeros only (the first has index {empty[0]}), expected none. "
-            f"Drop them: they determine nothing.",
-        )
-
-
-def _check_spectrum(exact: ExactParts, problem: ReducedRegression, *, num_components: int, target_size: float) -> None:
-    sizes = exact.singular_values  # (min(targets, rank),)
-    rank = numerical_rank(sizes, (*problem.target.shape, len(problem.basis)), scale=target_size)
-    if num_components > rank:
-        raise InputError(
-            "above-numerical-rank",
-            f"n_components={num_components} is above the numerical rank {rank} of what X (rank {problem.rank}) can explain of y. "
-            + (f"Pass n_components={rank} or less." if rank else "Pass other targets: X explains nothing of these."),
-        )
-    gaps = sizes[:num_components] - torch.nn.functional.pad(sizes, (0, 1))[1 : num_components + 1]  # (components,)
-    smallest = max(SMALLEST_GAP, 8 * torch.finfo(sizes.dtype).eps) * sizes[0]
-    equal = [k + 1 for k in range(num_components) if gaps[k] < smallest]
-    if equal:
-        warnings.warn(
-            f"Singular values {', '.join(f'{k} and {k + 1}' for k in equal)} are equal up to rounding: their components are not defined one by one, "
-            f"only their span is.",
-            UserWarning,
-            stacklevel=3,
-        )
+    return float((moves / (np.linalg.norm(after.left, axis=1) * np.linalg.norm(after.right, axis=1))).max())

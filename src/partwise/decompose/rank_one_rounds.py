@@ -1,20 +1,23 @@
 """Rank-one regression as rounds: the state, the parts, and the two methods that the estimators of ``rank_one_regression`` run.
 
 Everything here lives on the reduced problem of ``partwise.linalg.rank_one``: a target ``F`` (m, p) and one pair ``(b_k, z_k)`` per component, whose
-own target is ``F`` minus the published pairs in front of it.
+own target is ``F`` minus the published pairs in front of it. ``F`` belongs to the method and not to the parts, so that an engine with workers
+elsewhere sends it to each of them once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from partwise.checks import InputError, check_at_least, check_choice
-from partwise.linalg.rank_one import SOLVERS, rank_one_step, rank_one_steps
-from partwise.rounds import part_generator
+from partwise.checks import InputError, RunError, check_at_least, check_choice
+from partwise.linalg.products import one_blas_thread
+from partwise.linalg.rank_one import SOLVERS, rank_one_steps
+from partwise.rounds import part_seed
 
 __all__ = ["ACTIVATIONS", "PairPart", "PairResult", "Pairs", "ParallelRankOne", "SequentialRankOne", "random_pairs"]
 
@@ -28,9 +31,7 @@ class Pairs:
 
     Attributes
     ----------
-    target : Tensor
-        (m, p), ``F``, scaled so that its largest singular value is 1 when the solver is ``gd``.
-    left, right : Tensor
+    left, right : ndarray
         (r, m) and (r, p), the latest pair of every component, published or private.
     published : tuple of bool
         Which pairs the others may use. What is not published counts as absent.
@@ -38,27 +39,26 @@ class Pairs:
         Rounds done.
     """
 
-    target: Tensor
-    left: Tensor
-    right: Tensor
+    left: NDArray[Any]
+    right: NDArray[Any]
     published: tuple[bool, ...]
     num_rounds: int = 0
 
     @property
-    def published_left(self) -> Tensor:
+    def published_left(self) -> NDArray[Any]:
         """(r, m), rows of zeros where nothing is published; with ``right``, the approximation that the components make together."""
-        return self.left * torch.tensor(self.published, dtype=self.left.dtype, device=self.left.device)[:, None]
+        shown: NDArray[Any] = self.left * np.array(self.published, dtype=self.left.dtype)[:, None]
+        return shown
 
 
 @dataclass(frozen=True, eq=False)
 class PairPart:
-    """What the worker of one component needs: the target, the pairs in front of it, and its own."""
+    """What the worker of one component needs besides the method: the pairs in front of it, and its own."""
 
     index: int
-    target: Tensor  # (m, p)
-    ahead: tuple[Tensor, Tensor]  # (j, m), (j, p)
-    left: Tensor  # (m,)
-    right: Tensor  # (p,)
+    ahead: tuple[NDArray[Any], NDArray[Any]]  # (j, m), (j, p)
+    left: NDArray[Any]  # (m,)
+    right: NDArray[Any]  # (p,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,29 +66,42 @@ class PairResult:
     """What a worker sends back: m + p numbers."""
 
     index: int
-    left: Tensor  # (m,)
-    right: Tensor  # (p,)
+    left: NDArray[Any]  # (m,)
+    right: NDArray[Any]  # (p,)
 
 
-def random_pairs(target: Tensor, *, num_components: int, seed: int) -> Pairs:
-    """Start state: small random pairs, none published. A pair depends on the seed and its own index only."""
+def random_pairs(target: NDArray[Any], *, num_components: int, seed: int) -> Pairs:
+    """Start state for ``target`` (m, p): small random pairs, none published. A pair depends on the seed and its own index only."""
     rows, columns = target.shape
-    left, right = target.new_empty(num_components, rows), target.new_empty(num_components, columns)
+    left, right = np.empty((num_components, rows), target.dtype), np.empty((num_components, columns), target.dtype)
     for k in range(num_components):
-        generator = part_generator(seed, round_number=0, part=k)
-        draw = torch.randn(rows + columns, generator=generator, dtype=torch.float64).to(target)  # (m + p,)
-        left[k] = START_NORM * torch.nn.functional.normalize(draw[:rows], dim=0)
-        right[k] = START_NORM * torch.nn.functional.normalize(draw[rows:], dim=0)
-    return Pairs(target, left, right, published=(False,) * num_components)
+        draw = np.random.default_rng(part_seed(seed, round_number=0, part=k)).standard_normal(rows + columns)  # (m + p,)
+        left[k] = START_NORM * draw[:rows] / np.linalg.norm(draw[:rows])
+        right[k] = START_NORM * draw[rows:] / np.linalg.norm(draw[rows:])
+    return Pairs(left, right, published=(False,) * num_components)
 
 
 def _part(state: Pairs, index: int) -> PairPart:
     ahead = [j for j in range(index) if state.published[j]]
-    return PairPart(index, state.target, (state.left[ahead], state.right[ahead]), state.left[index], state.right[index])
+    return PairPart(index, (state.left[ahead], state.right[ahead]), state.left[index], state.right[index])
+
+
+def _move(parts: Sequence[PairPart], target: NDArray[Any], *, solver: str, num_steps: int, lr: float) -> list[PairResult]:
+    """Solver steps of all parts in one matrix product per step; a part has the bits it would have alone."""
+    starts = np.stack([part.left for part in parts]), np.stack([part.right for part in parts])  # (k, m), (k, p)
+    with one_blas_thread():
+        left, right = rank_one_steps(target, *starts, [part.ahead for part in parts], solver=solver, num_steps=num_steps, lr=lr)
+    return [PairResult(part.index, left[i], right[i]) for i, part in enumerate(parts)]
+
+
+def _check_result(part: PairPart, result: PairResult) -> None:
+    sent, came = ([(vector.shape, vector.dtype.name) for vector in (pair.left, pair.right)] for pair in (part, result))
+    if came != sent:
+        raise RunError("result-shape", f"got a pair with {came}, expected {sent}. Use the same version of partwise and numpy on every machine.")
 
 
 def _write(state: Pairs, results: Sequence[PairResult], *, publish: set[int]) -> Pairs:
-    left, right, published = state.left.clone(), state.right.clone(), list(state.published)
+    left, right, published = state.left.copy(), state.right.copy(), list(state.published)
     for result in results:  # any subset may have arrived
         left[result.index], right[result.index] = result.left, result.right
         published[result.index] |= result.index in publish
@@ -103,6 +116,8 @@ class ParallelRankOne:
 
     Parameters
     ----------
+    target : ndarray
+        (m, p), ``F``, scaled so that its largest singular value is 1 when the solver is ``gd``.
     solver : {"power", "gd", "svd"}
         How a worker moves its pair, see ``partwise.linalg.rank_one_step``.
     num_local_steps : int
@@ -118,6 +133,7 @@ class ParallelRankOne:
     AdaPaD. arXiv:2605.10741.
     """
 
+    target: NDArray[Any] = field(repr=False, compare=False)
     solver: str = "power"
     num_local_steps: int = 1
     activation: str = "advance"
@@ -128,6 +144,7 @@ class ParallelRankOne:
         check_choice(self.activation, ACTIVATIONS, name="activation")
         check_at_least(self.num_local_steps, 1, name="num_local_steps")
         _check_lr(self.lr)
+        object.__setattr__(self, "target", np.ascontiguousarray(self.target))  # in every process the same layout, hence the same bits
 
     def split(self, state: Pairs) -> list[PairPart]:
         """One part per component that works this round."""
@@ -137,19 +154,15 @@ class ParallelRankOne:
 
     def work(self, part: PairPart) -> PairResult:
         """A few solver steps of one component from its own last pair."""
-        pair = rank_one_step(part.target, part.left, part.right, part.ahead, solver=self.solver, num_steps=self.num_local_steps, lr=self.lr)
-        return PairResult(part.index, *pair)
+        return self.work_all([part])[0]
 
     def work_all(self, parts: Sequence[PairPart]) -> list[PairResult]:
         """The same for all parts of one round, in one matrix product per step."""
-        longest = max((part.ahead for part in parts), key=lambda ahead: len(ahead[0]))  # (j, m), (j, p); the others are its first rows
-        counts = torch.tensor([len(part.ahead[0]) for part in parts])  # (k,)
-        mask = torch.arange(len(longest[0])) < counts[:, None]  # (k, j)
-        left, right = torch.stack([part.left for part in parts]), torch.stack([part.right for part in parts])  # (k, m), (k, p)
-        left, right = rank_one_steps(
-            parts[0].target, left, right, longest, mask.to(left), solver=self.solver, num_steps=self.num_local_steps, lr=self.lr
-        )
-        return [PairResult(part.index, left[i], right[i]) for i, part in enumerate(parts)]
+        return _move(parts, self.target, solver=self.solver, num_steps=self.num_local_steps, lr=self.lr)
+
+    def check(self, part: PairPart, result: PairResult) -> None:
+        """Refuse a pair of another shape or dtype than the part's; engines call this."""
+        _check_result(part, result)
 
     def merge(self, state: Pairs, results: Sequence[PairResult]) -> Pairs:
         """Write the pairs that arrived; publish those whose round has come."""
@@ -163,6 +176,8 @@ class SequentialRankOne:
 
     Parameters
     ----------
+    target
+        As in ``ParallelRankOne``.
     steps : tuple of int
         Solver steps of each component, one entry per component, as ``partwise.linalg.compute_schedule`` deals them.
     solver, lr
@@ -173,6 +188,7 @@ class SequentialRankOne:
     One Rank at a Time: Cascading Error Dynamics in Sequential Learning. arXiv:2505.22602.
     """
 
+    target: NDArray[Any] = field(repr=False, compare=False)
     steps: tuple[int, ...]
     solver: str = "power"
     lr: float = 0.25
@@ -182,6 +198,7 @@ class SequentialRankOne:
         _check_lr(self.lr)
         for k, num_steps in enumerate(self.steps):
             check_at_least(num_steps, 1, name=f"steps[{k}]")
+        object.__setattr__(self, "target", np.ascontiguousarray(self.target))  # as above
 
     def split(self, state: Pairs) -> list[PairPart]:
         """The first component that is not frozen; nothing when all are."""
@@ -189,8 +206,11 @@ class SequentialRankOne:
 
     def work(self, part: PairPart) -> PairResult:
         """All the steps that this component gets."""
-        pair = rank_one_step(part.target, part.left, part.right, part.ahead, solver=self.solver, num_steps=self.steps[part.index], lr=self.lr)
-        return PairResult(part.index, *pair)
+        return _move([part], self.target, solver=self.solver, num_steps=self.steps[part.index], lr=self.lr)[0]
+
+    def check(self, part: PairPart, result: PairResult) -> None:
+        """Refuse a pair of another shape or dtype than the part's; engines call this."""
+        _check_result(part, result)
 
     def merge(self, state: Pairs, results: Sequence[PairResult]) -> Pairs:
         """Freeze what arrived; a component whose result was lost has its turn again."""

@@ -5,31 +5,34 @@ A rank-one part is a pair of vectors; ``k`` parts are the rows of ``left`` (k, m
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 __all__ = ["deflate", "deflation_errors", "pair_distances"]
 
 
-def deflate(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
+def deflate(matrix: NDArray[Any], left: NDArray[Any], right: NDArray[Any]) -> NDArray[Any]:
     """What rank-one parts leave over: ``matrix - sum_k left_k right_k^T``.
 
     Parameters
     ----------
-    matrix : Tensor
+    matrix : ndarray
         (m, p).
-    left, right : Tensor
+    left, right : ndarray
         (k, m) and (k, p), one part per row; k may be 0.
 
     Returns
     -------
-    Tensor
-        (m, p), a new tensor.
+    ndarray
+        (m, p), a new array.
     """
-    return matrix - left.T @ right
+    rest: NDArray[Any] = matrix - left.T @ right
+    return rest
 
 
-def pair_distances(left: Tensor, right: Tensor, other_left: Tensor, other_right: Tensor) -> Tensor:
+def pair_distances(left: NDArray[Any], right: NDArray[Any], other_left: NDArray[Any], other_right: NDArray[Any]) -> NDArray[Any]:
     """Frobenius norms of ``left_k right_k^T - other_left_k other_right_k^T``, row by row.
 
     Neither the sign nor the split of the size between the two vectors of a pair matters. The matrices are never formed, and parts that agree to
@@ -37,32 +40,33 @@ def pair_distances(left: Tensor, right: Tensor, other_left: Tensor, other_right:
 
     Parameters
     ----------
-    left, right : Tensor
+    left, right : ndarray
         (k, m) and (k, p).
-    other_left, other_right : Tensor
+    other_left, other_right : ndarray
         The same shapes.
 
     Returns
     -------
-    Tensor
+    ndarray
         (k,), not negative.
     """
     left_along, left_across = _along_and_across(left, other_left)
     right_along, right_across = _along_and_across(right, other_right)
-    other_size = torch.linalg.vector_norm(other_left, dim=1) * torch.linalg.vector_norm(other_right, dim=1)  # (k,)
+    other_size = np.linalg.norm(other_left, axis=1) * np.linalg.norm(other_right, axis=1)  # (k,)
     terms = [left_along * right_along - other_size, left_along * right_across, left_across * right_along, left_across * right_across]
-    distances: Tensor = torch.linalg.vector_norm(torch.stack(terms), dim=0)  # (k,)
+    distances: NDArray[Any] = np.linalg.norm(terms, axis=0)  # (k,)
     return distances
 
 
-def _along_and_across(vectors: Tensor, axes: Tensor) -> tuple[Tensor, Tensor]:
+def _along_and_across(vectors: NDArray[Any], axes: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     """Signed length of each row along the row of ``axes``, and the length of the rest: (k, dim) twice -> (k,) twice. A zero axis has no along."""
-    units = torch.nn.functional.normalize(axes, dim=1)  # (k, dim)
-    along = (vectors * units).sum(dim=1)  # (k,)
-    return along, torch.linalg.vector_norm(vectors - along[:, None] * units, dim=1)
+    sizes = np.linalg.norm(axes, axis=1, keepdims=True)  # (k, 1)
+    units = axes / np.where(sizes == 0, 1, sizes)  # (k, dim)
+    along = (vectors * units).sum(axis=1)  # (k,)
+    return along, np.linalg.norm(vectors - along[:, None] * units, axis=1)
 
 
-def deflation_errors(left: Tensor, right: Tensor, exact_left: Tensor, exact_right: Tensor) -> Tensor:
+def deflation_errors(left: NDArray[Any], right: NDArray[Any], exact_left: NDArray[Any], exact_right: NDArray[Any]) -> NDArray[Any]:
     """Error ``G_k`` of each part: ``||left_k right_k^T - exact_k||_F / ||exact_k||_F``.
 
     Blind to signs. 0 means exact, 1 is what a part of zeros has. The essays on parallel deflation write ``G`` without a definition we could read;
@@ -70,14 +74,14 @@ def deflation_errors(left: Tensor, right: Tensor, exact_left: Tensor, exact_righ
 
     Parameters
     ----------
-    left, right : Tensor
+    left, right : ndarray
         (k, m) and (k, p), the parts.
-    exact_left, exact_right : Tensor
+    exact_left, exact_right : ndarray
         The same shapes: the exact parts, none of them zero.
 
     Returns
     -------
-    Tensor
+    ndarray
         (k,).
 
     References
@@ -86,9 +90,10 @@ def deflation_errors(left: Tensor, right: Tensor, exact_left: Tensor, exact_righ
 
     Examples
     --------
-    >>> exact = torch.eye(2, dtype=torch.float64)
+    >>> exact = np.eye(2)
     >>> deflation_errors(-exact, -exact, exact, exact).tolist(), deflation_errors(0 * exact, exact, exact, exact).tolist()
     ([0.0, 0.0], [1.0, 1.0])
     """
-    exact_size: Tensor = torch.linalg.vector_norm(exact_left, dim=1) * torch.linalg.vector_norm(exact_right, dim=1)  # (k,)
-    return pair_distances(left, right, exact_left, exact_right) / exact_size
+    exact_size: NDArray[Any] = np.linalg.norm(exact_left, axis=1) * np.linalg.norm(exact_right, axis=1)  # (k,)
+    errors: NDArray[Any] = pair_distances(left, right, exact_left, exact_right) / exact_size
+    return errors

@@ -7,17 +7,22 @@ samples, as in the papers). Only the part of ``Y`` inside the row space of ``X``
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from partwise.checks import check_choice
+from partwise.linalg.deflation import deflate
+from partwise.linalg.products import tiled_product
 
 __all__ = ["SOLVERS", "ExactParts", "ReducedRegression", "exact_parts", "numerical_rank", "rank_one_step", "rank_one_steps", "reduce_regression"]
 
 SOLVERS = ("power", "gd", "svd")
+Pair: TypeAlias = tuple[NDArray[Any], NDArray[Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,36 +31,36 @@ class ReducedRegression:
 
     Attributes
     ----------
-    target : Tensor
+    target : ndarray
         (m, p), ``F = Y Q``: all of the targets that can be fitted.
-    basis : Tensor
+    basis : ndarray
         (n, p), ``Q``: orthonormal columns that span the rows of the inputs.
-    unreduce : Tensor
+    unreduce : ndarray
         (d, p), turns the rows ``z`` of a fitted pair into weights ``a = unreduce @ z`` on the inputs, with ``a^T X = z^T Q^T``.
     """
 
-    target: Tensor
-    basis: Tensor
-    unreduce: Tensor
+    target: NDArray[Any]
+    basis: NDArray[Any]
+    unreduce: NDArray[Any]
 
     @property
     def rank(self) -> int:
         """Numerical rank of the inputs (p)."""
-        return self.basis.shape[1]
+        return int(self.basis.shape[1])
 
 
-def numerical_rank(singular_values: Tensor, shape: Sequence[int], *, scale: float | None = None) -> int:
+def numerical_rank(singular_values: NDArray[Any], shape: Sequence[int], *, scale: float | None = None) -> int:
     """Number of singular values above ``eps * max(shape) * scale``, the usual line below which they are rounding.
 
     ``scale`` is the size of the numbers that the matrix was computed from; by default that is the largest singular value.
     """
     if not len(singular_values):
         return 0
-    line = torch.finfo(singular_values.dtype).eps * max(shape) * (float(singular_values[0]) if scale is None else scale)
+    line = np.finfo(singular_values.dtype).eps * max(shape) * (float(singular_values[0]) if scale is None else scale)
     return int((singular_values > line).sum())
 
 
-def reduce_regression(inputs: Tensor, targets: Tensor) -> ReducedRegression:
+def reduce_regression(inputs: NDArray[Any], targets: NDArray[Any]) -> ReducedRegression:
     """Thin QR of ``X^T``, then the pseudo-inverse of its small factor.
 
     For ``X`` of full rank this is ``X^T = Q R``, ``F = Y Q``, ``a = R^-1 z``, up to a rotation of ``Q`` that no fitted map can see. When ``X`` is
@@ -63,13 +68,13 @@ def reduce_regression(inputs: Tensor, targets: Tensor) -> ReducedRegression:
 
     Parameters
     ----------
-    inputs : Tensor
+    inputs : ndarray
         (d, n), columns are samples.
-    targets : Tensor
+    targets : ndarray
         (m, n).
     """
-    basis, factor = torch.linalg.qr(inputs.T)  # (n, q), (q, d) with q = min(n, d)
-    left, sizes, right = torch.linalg.svd(factor, full_matrices=False)  # (q, q), (q,), (q, d)
+    basis, factor = np.linalg.qr(inputs.T)  # (n, q), (q, d) with q = min(n, d)
+    left, sizes, right = np.linalg.svd(factor, full_matrices=False)  # (q, q), (q,), (q, d)
     rank = numerical_rank(sizes, inputs.shape)
     basis = basis @ left[:, :rank]  # (n, p)
     return ReducedRegression(target=targets @ basis, basis=basis, unreduce=right[:rank].T / sizes[:rank])
@@ -81,42 +86,43 @@ class ExactParts:
 
     Attributes
     ----------
-    left, right : Tensor
+    left, right : ndarray
         (k, m) and (k, p), unit rows ``u_k`` and ``v_k``.
-    singular_values : Tensor
+    singular_values : ndarray
         (min(m, p),), all of them, not only the first k.
     """
 
-    left: Tensor
-    right: Tensor
-    singular_values: Tensor
+    left: NDArray[Any]
+    right: NDArray[Any]
+    singular_values: NDArray[Any]
 
     @property
-    def scaled_right(self) -> Tensor:
+    def scaled_right(self) -> NDArray[Any]:
         """(k, p), rows ``sigma_k v_k``, so that ``left.T @ scaled_right`` is the best approximation of rank k."""
-        return self.singular_values[: len(self.right), None] * self.right
+        scaled: NDArray[Any] = self.singular_values[: len(self.right), None] * self.right
+        return scaled
 
 
-def exact_parts(target: Tensor, *, num_components: int) -> ExactParts:
+def exact_parts(target: NDArray[Any], *, num_components: int) -> ExactParts:
     """What exact sequential deflation of ``target`` (m, p) returns, by one singular value decomposition."""
-    left, sizes, right = torch.linalg.svd(target, full_matrices=False)  # (m, q), (q,), (q, p)
-    return ExactParts(left.T[:num_components], right[:num_components], sizes)
+    left, sizes, right = np.linalg.svd(target, full_matrices=False)  # (m, q), (q,), (q, p)
+    return ExactParts(np.ascontiguousarray(left.T[:num_components]), right[:num_components], sizes)
 
 
 def rank_one_step(
-    target: Tensor, left: Tensor, right: Tensor, previous: tuple[Tensor, Tensor], *, solver: str = "power", num_steps: int = 1, lr: float = 0.25
-) -> tuple[Tensor, Tensor]:
+    target: NDArray[Any], left: NDArray[Any], right: NDArray[Any], previous: Pair, *, solver: str = "power", num_steps: int = 1, lr: float = 0.25
+) -> Pair:
     """Move one pair towards the best rank-one approximation of what ``previous`` pairs leave of ``target``.
 
     The deflated target is never formed (except by ``svd``): its products with a vector are those of ``target`` minus a few inner products.
 
     Parameters
     ----------
-    target : Tensor
+    target : ndarray
         (m, p), ``F``.
-    left, right : Tensor
+    left, right : ndarray
         (m,) and (p,), the pair ``(b, z)`` to start from.
-    previous : tuple of Tensor
+    previous : tuple of ndarray
         (j, m) and (j, p), the pairs in front of this one; j may be 0.
     solver : {"power", "gd", "svd"}
         ``power`` alternates least squares, and one step contracts the error by the squared ratio of the two largest singular values of the
@@ -128,90 +134,92 @@ def rank_one_step(
 
     Returns
     -------
-    tuple of Tensor
+    tuple of ndarray
         The new pair, (m,) and (p,).
 
     References
     ----------
     AdaPaD. arXiv:2605.10741.
+
+    Examples
+    --------
+    >>> nothing = np.zeros((0, 3)), np.zeros((0, 2))
+    >>> left, right = rank_one_step(np.outer([1.0, 2.0, 2.0], [3.0, 4.0]), np.ones(3), np.ones(2), nothing)
+    >>> np.outer(left, right).round(12).tolist()  # a matrix of rank one is found in one step
+    [[3.0, 4.0], [6.0, 8.0], [6.0, 8.0]]
     """
-    ahead = torch.ones(1, len(previous[0]), dtype=target.dtype, device=target.device)  # (1, j)
-    lefts, rights = rank_one_steps(target, left[None], right[None], previous, ahead, solver=solver, num_steps=num_steps, lr=lr)
+    lefts, rights = rank_one_steps(target, left[None], right[None], [previous], solver=solver, num_steps=num_steps, lr=lr)
     return lefts[0], rights[0]
 
 
 def rank_one_steps(
-    target: Tensor,
-    left: Tensor,
-    right: Tensor,
-    previous: tuple[Tensor, Tensor],
-    ahead: Tensor,
+    target: NDArray[Any],
+    left: NDArray[Any],
+    right: NDArray[Any],
+    previous: Sequence[Pair],
     *,
     solver: str = "power",
     num_steps: int = 1,
     lr: float = 0.25,
-) -> tuple[Tensor, Tensor]:
-    """``rank_one_step`` for many pairs at once, each with its own selection of previous pairs.
+) -> Pair:
+    """``rank_one_step`` for many pairs at once, each with its own pairs in front of it.
+
+    Products with ``target`` are made for all pairs together, everything else pair by pair. Inside ``one_blas_thread`` the result of a pair therefore
+    has the bits it would have alone.
 
     Parameters
     ----------
     target, solver, num_steps, lr
         As in ``rank_one_step``.
-    left, right : Tensor
+    left, right : ndarray
         (k, m) and (k, p), one pair per row.
-    previous : tuple of Tensor
-        (j, m) and (j, p).
-    ahead : Tensor
-        (k, j), 1 where previous pair j is in front of pair k, else 0.
+    previous : sequence of tuple of ndarray
+        For each of the k pairs the pairs in front of it, (j, m) and (j, p).
 
     Returns
     -------
-    tuple of Tensor
+    tuple of ndarray
         The new pairs, (k, m) and (k, p).
     """
     check_choice(solver, SOLVERS, name="solver")
     if solver == "svd":
-        return _svd_steps(target, previous, ahead)
+        return _exact_steps(target, previous)
+    step = _power_step if solver == "power" else functools.partial(_gradient_step, lr=lr)
     for _ in range(num_steps):
-        if solver == "power":
-            left, right = _power_step(target, left, right, previous, ahead)
-        else:
-            left, right = _gradient_step(target, left, right, previous, ahead, lr=lr)
+        left, right = step(target, left, right, previous)
     return left, right
 
 
-def _times_right(target: Tensor, right: Tensor, previous: tuple[Tensor, Tensor], ahead: Tensor) -> Tensor:
+def _times_right(target: NDArray[Any], right: NDArray[Any], previous: Sequence[Pair]) -> NDArray[Any]:
     """``F_k z_k`` for every row: (k, p) -> (k, m)."""
-    overlaps = ahead * (right @ previous[1].T)  # (k, j)
-    return right @ target.T - overlaps @ previous[0]  # (k, m)
+    products = tiled_product(right, target.T)  # (k, m)
+    for product, own, (lefts, rights) in zip(products, right, previous, strict=True):
+        product -= (rights @ own) @ lefts  # (m,)
+    return products
 
 
-def _times_left(target: Tensor, left: Tensor, previous: tuple[Tensor, Tensor], ahead: Tensor) -> Tensor:
+def _times_left(target: NDArray[Any], left: NDArray[Any], previous: Sequence[Pair]) -> NDArray[Any]:
     """``F_k^T b_k`` for every row: (k, m) -> (k, p)."""
-    overlaps = ahead * (left @ previous[0].T)  # (k, j)
-    return left @ target - overlaps @ previous[1]  # (k, p)
+    return _times_right(target.T, left, [(rights, lefts) for lefts, rights in previous])
 
 
-def _squared_norm(vectors: Tensor) -> Tensor:
-    return vectors.square().sum(dim=1, keepdim=True)  # (k, 1)
+def _squared_norms(vectors: NDArray[Any]) -> NDArray[Any]:
+    return np.array([vector @ vector for vector in vectors], dtype=vectors.dtype)[:, None]  # (k, 1)
 
 
-def _power_step(target: Tensor, left: Tensor, right: Tensor, previous: tuple[Tensor, Tensor], ahead: Tensor) -> tuple[Tensor, Tensor]:
-    tiny = torch.finfo(target.dtype).tiny  # a target of zeros then gives a pair of zeros, its best approximation, and not NaN
-    left = _times_right(target, right, previous, ahead) / _squared_norm(right).clamp_min(tiny)  # (k, m)
-    right = _times_left(target, left, previous, ahead) / _squared_norm(left).clamp_min(tiny)  # (k, p)
+def _power_step(target: NDArray[Any], left: NDArray[Any], right: NDArray[Any], previous: Sequence[Pair]) -> Pair:
+    tiny = np.finfo(target.dtype).tiny  # a target of zeros then gives a pair of zeros, its best approximation, and not NaN
+    left = _times_right(target, right, previous) / np.maximum(_squared_norms(right), tiny)  # (k, m)
+    right = _times_left(target, left, previous) / np.maximum(_squared_norms(left), tiny)  # (k, p)
     return left, right
 
 
-def _gradient_step(
-    target: Tensor, left: Tensor, right: Tensor, previous: tuple[Tensor, Tensor], ahead: Tensor, *, lr: float
-) -> tuple[Tensor, Tensor]:
-    left_gradient = left * _squared_norm(right) - _times_right(target, right, previous, ahead)  # (b z^T - F_k) z: (k, m)
-    right_gradient = right * _squared_norm(left) - _times_left(target, left, previous, ahead)  # (b z^T - F_k)^T b: (k, p)
+def _gradient_step(target: NDArray[Any], left: NDArray[Any], right: NDArray[Any], previous: Sequence[Pair], *, lr: float) -> Pair:
+    left_gradient = left * _squared_norms(right) - _times_right(target, right, previous)  # (b z^T - F_k) z: (k, m)
+    right_gradient = right * _squared_norms(left) - _times_left(target, left, previous)  # (b z^T - F_k)^T b: (k, p)
     return left - lr * left_gradient, right - lr * right_gradient
 
 
-def _svd_steps(target: Tensor, previous: tuple[Tensor, Tensor], ahead: Tensor) -> tuple[Tensor, Tensor]:
-    deflated = target - torch.einsum("kj,jm,jp->kmp", ahead, *previous)  # (k, m, p)
-    left, sizes, right = torch.linalg.svd(deflated, full_matrices=False)  # (k, m, q), (k, q), (k, q, p)
-    return left[:, :, 0], sizes[:, :1] * right[:, 0]  # (k, m), (k, p)
+def _exact_steps(target: NDArray[Any], previous: Sequence[Pair]) -> Pair:
+    exact = [exact_parts(deflate(target, *ahead), num_components=1) for ahead in previous]
+    return np.concatenate([parts.left for parts in exact]), np.concatenate([parts.scaled_right for parts in exact])  # (k, m), (k, p)
