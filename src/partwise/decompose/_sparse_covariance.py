@@ -1,0 +1,262 @@
+"""Covariances of data that can only be multiplied: sparse matrices and linear operators, centred without being densified.
+
+With ``Y = X w - 1 (mean . w)`` the product is ``X^T Y - mean (1^T Y)``. Subtracting the mean inside, between the two halves, matters: rounding then costs
+digits in proportion to the offset of the data, and not to its square as in ``X^T X w - n mean (mean . w)``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+from scipy.sparse.linalg import LinearOperator
+
+from partwise.checks import InputError
+from partwise.decompose._in_order import map_in_order
+from partwise.decompose._moments import not_finite
+from partwise.decompose._readers import check_dtype
+from partwise.linalg.products import TILE
+
+__all__ = ["OperatorCovariance", "SparseCovariance", "operator_covariance", "sparse_covariance"]
+
+NUM_CHUNKS = 32  # of a sparse matrix, at most: each has its own sum over the features until they are added
+CHUNK_ENTRIES = 1 << 17  # at least, in a chunk
+TRACE_LIMIT = 2048  # rows or features of an operator, up to which its total variance is computed and not estimated
+NUM_PROBES = 64  # random vectors of the estimate
+
+
+@dataclass(frozen=True, eq=False)
+class SparseCovariance:
+    """The covariance of a sparse matrix.
+
+    Parameters
+    ----------
+    data : csr_array of shape (num_samples, features)
+        Not copied.
+    mean : ndarray of shape (features,)
+        Mean of each feature, float64.
+    total_variance : float
+        Trace of the covariance.
+    """
+
+    data: Any = field(repr=False)
+    mean: NDArray[Any] = field(repr=False)
+    total_variance: float
+    rounding: float = 0.0
+
+    @property
+    def num_samples(self) -> int:
+        """Rows of the data."""
+        return int(self.data.shape[0])
+
+    @property
+    def num_features(self) -> int:
+        """Columns of the data."""
+        return int(self.data.shape[1])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of vectors and products."""
+        return self.mean.dtype
+
+    def product(self, vectors: NDArray[Any]) -> NDArray[Any]:
+        """Rows times the covariance: (k, features) -> (k, features)."""
+        result = np.empty((len(vectors), self.num_features))
+        for start in range(0, len(vectors), TILE):
+            tile = np.zeros((self.num_features, TILE))  # all products meet the same loops, whose inner one runs over these eight
+            tile[:, : len(vectors) - start] = vectors[start : start + TILE].T
+            result[start : start + TILE] = self._times(tile).T[: len(vectors) - start]
+        return result
+
+    def apply(self, vector: NDArray[Any]) -> NDArray[Any]:
+        """The covariance times one vector: (features,) -> (features,)."""
+        return self._times(vector)
+
+    def rows(self, indices: NDArray[Any]) -> NDArray[Any]:
+        """Centred dense rows of the data, (b, features)."""
+        rows: NDArray[Any] = self.data[indices].toarray().astype(np.float64) - self.mean
+        return rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_chunks"}
+
+    def _times(self, right: NDArray[Any]) -> NDArray[Any]:
+        shift = self.mean @ right
+
+        def of_chunk(chunk: Any) -> tuple[NDArray[Any], NDArray[Any]]:
+            scores = chunk @ right - shift  # centred: (rows,) or (rows, TILE)
+            return chunk.T @ scores, scores.sum(axis=0)
+
+        total, sums = np.zeros(right.shape), np.zeros(right.shape[1:])
+        for partial, partial_sums in map_in_order(of_chunk, self._chunks, bytes_each=right.nbytes):
+            total += partial
+            sums += partial_sums
+        total -= np.multiply.outer(self.mean, sums)
+        total /= self.num_samples - 1
+        return total
+
+    @cached_property
+    def _chunks(self) -> list[Any]:
+        """Row blocks with about the same number of entries; views, and the same ones for any number of cores."""
+        pointers = self.data.indptr
+        count = int(np.clip(self.data.nnz // CHUNK_ENTRIES, 1, min(NUM_CHUNKS, self.num_samples)))
+        cuts = np.searchsorted(pointers, np.linspace(0, self.data.nnz, count + 1)[1:-1])
+        edges = np.unique(np.concatenate([[0], cuts, [self.num_samples]]))
+        return [self._block(start, stop) for start, stop in pairwise(edges)]
+
+    def _block(self, start: int, stop: int) -> Any:
+        first, last = self.data.indptr[start], self.data.indptr[stop]
+        parts = (self.data.data[first:last], self.data.indices[first:last], self.data.indptr[start : stop + 1] - first)
+        return sparse.csr_array(parts, shape=(stop - start, self.num_features), copy=False)
+
+
+def sparse_covariance(X: Any, *, mean: NDArray[Any] | None) -> SparseCovariance:
+    """The covariance of a sparse matrix; formats other than CSR are converted to it, integers to float64."""
+    check_dtype(X.dtype)
+    data = sparse.csr_array(X)
+    if not data.has_canonical_format:
+        data = data.copy()  # the caller's matrix stays as it is
+        data.sum_duplicates()
+    if data.dtype not in (np.float64, np.float32):
+        data = data.astype(np.float64)
+    num_samples, num_features = data.shape
+    bad = ~np.isfinite(data.data)
+    if bad.any():
+        first = int(np.flatnonzero(bad)[0])
+        row = int(np.searchsorted(data.indptr, first, side="right")) - 1
+        raise not_finite(int(bad.sum()), (row, int(data.indices[first])), num_entries=data.nnz)
+    sums = np.bincount(data.indices, weights=data.data, minlength=num_features)
+    centre = sums / num_samples if mean is None else mean
+    empty = num_samples - np.bincount(data.indices, minlength=num_features)
+    square = float(empty @ np.square(centre))
+    for start in range(0, data.nnz, CHUNK_ENTRIES):
+        off = data.data[start : start + CHUNK_ENTRIES] - centre[data.indices[start : start + CHUNK_ENTRIES]]
+        square += float(off @ off)
+    if not np.isfinite(square):
+        raise InputError("too-large", "got entries so large that their squares overflow, expected absolute values below 1e+148. Divide by a constant.")
+    return SparseCovariance(data, centre, square / (num_samples - 1))
+
+
+@dataclass(frozen=True, eq=False)
+class OperatorCovariance:
+    """The covariance of a linear operator, which is only asked for products with vectors.
+
+    Parameters
+    ----------
+    data : LinearOperator of shape (num_samples, features)
+        Needs ``matmat`` and ``rmatmat``, or ``matvec`` and ``rmatvec``.
+    mean : ndarray of shape (features,)
+        Mean of each feature, float64.
+    total_variance : float
+        Trace of the covariance.
+    """
+
+    data: LinearOperator = field(repr=False)
+    mean: NDArray[Any] = field(repr=False)
+    total_variance: float
+    rounding: float = 0.0
+
+    @property
+    def num_samples(self) -> int:
+        """Rows of the data."""
+        return int(self.data.shape[0])
+
+    @property
+    def num_features(self) -> int:
+        """Columns of the data."""
+        return int(self.data.shape[1])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of vectors and products."""
+        return self.mean.dtype
+
+    def product(self, vectors: NDArray[Any]) -> NDArray[Any]:
+        """Rows times the covariance: (k, features) -> (k, features)."""
+        result = np.empty((len(vectors), self.num_features))
+        for start in range(0, len(vectors), TILE):
+            tile = np.zeros((self.num_features, TILE))
+            tile[:, : len(vectors) - start] = vectors[start : start + TILE].T
+            scores = self.data.matmat(tile) - self.mean @ tile  # (num_samples, TILE)
+            total = self.data.rmatmat(scores) - np.outer(self.mean, scores.sum(axis=0))
+            result[start : start + TILE] = total.T[: len(vectors) - start]
+        return result / (self.num_samples - 1)
+
+    def apply(self, vector: NDArray[Any]) -> NDArray[Any]:
+        """The covariance times one vector: (features,) -> (features,)."""
+        scores = self.data.matvec(vector) - self.mean @ vector
+        result: NDArray[Any] = (self.data.rmatvec(scores) - self.mean * scores.sum()) / (self.num_samples - 1)
+        return result
+
+    def rows(self, indices: NDArray[Any]) -> NDArray[Any]:
+        """Centred dense rows of the data, (b, features), found by asking for products with unit vectors."""
+        rows: NDArray[Any] = _rows_of_operator(self.data, np.asarray(indices)) - self.mean
+        return rows
+
+
+def operator_covariance(X: LinearOperator, *, mean: NDArray[Any] | None) -> OperatorCovariance:
+    """The covariance of an operator.
+
+    Warns
+    -----
+    UserWarning
+        When both sides are so long that the total variance is estimated.
+    """
+    if X.dtype is not None:
+        check_dtype(np.dtype(X.dtype))
+    num_samples = X.shape[0]
+    sums = np.asarray(X.rmatvec(np.ones(num_samples)), dtype=np.float64)
+    num_bad = int((~np.isfinite(sums)).sum())
+    if num_bad:
+        first = int(np.flatnonzero(~np.isfinite(sums))[0])
+        raise InputError("not-finite", f"X has NaN or infinite column sums for {num_bad} features, the first is feature {first}. Check the operator.")
+    centred = OperatorCovariance(X, sums / num_samples if mean is None else mean, np.nan)
+    return OperatorCovariance(X, centred.mean, _trace(centred))
+
+
+def _trace(centred: OperatorCovariance) -> float:
+    """Exact through the shorter side; where both are long, by Hutchinson's estimator, whose probes are the same each time."""
+    num_samples, num_features = centred.num_samples, centred.num_features
+    if num_samples <= min(num_features, TRACE_LIMIT):
+        tiles = (np.arange(start, min(start + TILE, num_samples)) for start in range(0, num_samples, TILE))
+        return sum(float(np.square(centred.rows(tile)).sum()) for tile in tiles) / (num_samples - 1)
+    scores = _Scores(centred)
+    if num_features <= TRACE_LIMIT:
+        tiles = (np.arange(start, min(start + TILE, num_features)) for start in range(0, num_features, TILE))
+        return sum(float(scores.squares(np.equal.outer(np.arange(num_features), tile).astype(float)).sum()) for tile in tiles) / (num_samples - 1)
+    rng = np.random.default_rng(0)
+    found = np.concatenate([scores.squares(rng.choice([-1.0, 1.0], size=(num_features, TILE))) for _ in range(NUM_PROBES // TILE)])
+    error = float(found.std(ddof=1) / np.sqrt(NUM_PROBES) / max(found.mean(), np.finfo(float).tiny))
+    warnings.warn(
+        f"The total variance of an operator of shape {centred.data.shape} is estimated with {NUM_PROBES} random vectors, to about {error:.1%}; "
+        "explained_variance_ratio_ inherits this. Pass the matrix itself for an exact one.",
+        UserWarning,
+        stacklevel=2,
+    )
+    return float(found.mean() / (num_samples - 1))
+
+
+@dataclass(frozen=True)
+class _Scores:
+    centred: OperatorCovariance
+
+    def squares(self, right: NDArray[Any]) -> NDArray[Any]:
+        """Squared lengths of the centred scores of each column of ``right``."""
+        scores = self.centred.data.matmat(right) - self.centred.mean @ right
+        return np.square(scores).sum(axis=0)  # type: ignore[no-any-return]
+
+
+def _rows_of_operator(operator: LinearOperator, indices: NDArray[Any]) -> NDArray[Any]:
+    rows = np.empty((len(indices), operator.shape[1]))
+    for start in range(0, len(indices), TILE):
+        here = indices[start : start + TILE]
+        units = np.zeros((operator.shape[0], len(here)))
+        units[here, np.arange(len(here))] = 1.0
+        rows[start : start + TILE] = np.asarray(operator.rmatmat(units)).T
+    return rows
