@@ -6,6 +6,7 @@ a killed process, and what was read does not stay in the memory of this process.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -200,11 +201,7 @@ class ParquetRows:
     def open(cls, path: str | Path) -> ParquetRows:
         """All columns of a parquet file."""
         arrow = load_extra("pyarrow", extra="data")
-        try:
-            file = load_extra("pyarrow.parquet", extra="data").ParquetFile(path)
-        except (arrow.ArrowException, OSError) as error:
-            raise InputError("broken-file", f"{path} is no sound parquet file: {error}. Export it again.") from error
-        with file:
+        with _parquet_file(path) as file:
             schema, num_rows = file.schema_arrow, file.metadata.num_rows
         is_number = {name: _is_number(arrow, kind) for name, kind in zip(schema.names, schema.types, strict=True)}
         if not all(is_number.values()):
@@ -215,14 +212,14 @@ class ParquetRows:
 
     def chunks(self, size: int) -> Iterator[NDArray[Any]]:
         """Chunks of the same size whatever the row groups of the file are."""
-        with self._file() as file:
+        with _parquet_file(self.path) as file:
             yield from _regroup((self._numbers(batch) for batch in file.iter_batches(batch_size=size)), size)
 
     def take(self, indices: NDArray[Any]) -> NDArray[Any]:
         """Rows, read by way of the row groups they are in."""
         rows = np.empty((len(indices), self.shape[1]), dtype=self.dtype)
         wanted = np.asarray(indices) % self.shape[0] if self.shape[0] else np.asarray(indices)
-        with self._file() as file:
+        with _parquet_file(self.path) as file:
             start = 0
             for group in range(file.metadata.num_row_groups):
                 stop = start + file.metadata.row_group(group).num_rows
@@ -236,14 +233,22 @@ class ParquetRows:
         """Size, shape, dtype and a digest of the file."""
         return fingerprint_of_path(self.path, shape=self.shape, dtype=self.dtype)
 
-    def _file(self) -> Any:
-        return load_extra("pyarrow.parquet", extra="data").ParquetFile(self.path)
-
     def _numbers(self, batch: Any) -> NDArray[Any]:
         rows = np.empty((batch.num_rows, self.shape[1]), dtype=self.dtype)
         for place, column in enumerate(batch.columns):
             rows[:, place] = column.to_numpy() if hasattr(column, "chunks") else column.to_numpy(zero_copy_only=False)
         return rows
+
+
+@contextlib.contextmanager
+def _parquet_file(path: str | Path) -> Iterator[Any]:
+    """An open parquet file; what Arrow raises while it is read says which file is damaged."""
+    arrow, parquet = load_extra("pyarrow", extra="data"), load_extra("pyarrow.parquet", extra="data")
+    try:
+        with parquet.ParquetFile(path) as file:
+            yield file
+    except (arrow.ArrowException, OSError) as error:
+        raise InputError("broken-file", f"{path} is no sound parquet file: {error}. Export it again.") from error
 
 
 def _is_number(arrow: Any, kind: Any) -> bool:
