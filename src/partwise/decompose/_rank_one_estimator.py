@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
@@ -15,6 +16,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from partwise.checks import InputError, RunError, check_at_least, check_rank
 from partwise.decompose.rank_one_rounds import Pairs, random_pairs
 from partwise.engine import Engine, open_engine
+from partwise.linalg.certificate import MissedValueTest, certify
 from partwise.linalg.deflation import deflation_errors
 from partwise.linalg.rank_one import ExactParts, ReducedRegression, exact_parts, numerical_rank, reduce_regression
 
@@ -38,6 +40,13 @@ class RankOneEstimator(MultiOutputMixin, RegressorMixin, BaseEstimator):
         Norm of what each map contributes to the fitted targets.
     errors_per_round_ : ndarray of shape (n_iter_, n_components)
         Distance of each published map from the exact one after each round, relative to the exact one's size; 1 before it is published.
+    residuals_ : ndarray of shape (n_components,)
+        ``||F^T F v - (v^T F^T F v) v||`` of each map's unit row ``v``, where ``F`` are the fitted targets in a basis of the rows of ``X``.
+    eigenvalue_intervals_ : ndarray of shape (n_components, 2)
+        Guaranteed up to rounding: ``F^T F`` has as many eigenvalues (squares of singular values of the fitted targets) as there are maps, one in each
+        interval.
+    missed_value_test_ : MissedValueTest
+        Whether a search outside the span of the maps found an eigenvalue of ``F^T F`` that should have been among them.
     rank_ : int
         Numerical rank of ``X``.
     n_iter_ : int
@@ -110,9 +119,14 @@ class RankOneEstimator(MultiOutputMixin, RegressorMixin, BaseEstimator):
         if not (np.isfinite(last.left).all() and np.isfinite(last.right).all()):
             raise RunError("diverged", f"got infinite numbers after {last.num_rounds} rounds with lr={self.lr}, expected finite ones. Lower lr.")
         self._learn(problem, last.published_left * size, last.right, one_target=checked_y.ndim == 1)
+        self._certify(target, last.right, size=float(size), seed=seed)
         self.errors_per_round_ = np.stack(errors.rows)  # (rounds, components)
         self.n_iter_ = last.num_rounds
+        self._warn()
         return self
+
+    def _warn(self) -> None:
+        """Say what the fit is known to lack."""
 
     def _learn(self, problem: ReducedRegression, left: NDArray[Any], right: NDArray[Any], *, one_target: bool) -> None:
         maps = right @ problem.unreduce.T  # (components, features)
@@ -125,6 +139,15 @@ class RankOneEstimator(MultiOutputMixin, RegressorMixin, BaseEstimator):
         coef = self.y_loadings_ @ self.components_  # (targets, features)
         self.coef_: NDArray[Any] = coef[0] if one_target else coef
         self.rank_ = problem.rank
+
+    def _certify(self, target: NDArray[Any], right: NDArray[Any], *, size: float, seed: int) -> None:
+        unit = certify(lambda rows: (rows @ target.T) @ target, right, seed=seed)  # for targets of size 1, where no square overflows
+        test, scale = unit.missed_value_test, size**2
+        self.residuals_: NDArray[Any] = scale * unit.residuals
+        self.eigenvalue_intervals_: NDArray[Any] = scale * unit.intervals
+        self.missed_value_test_: MissedValueTest = replace(
+            test, probe_value=scale * test.probe_value, smallest_kept=scale * test.smallest_kept, bound=scale * test.bound
+        )
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
         """Targets of new samples: ``X @ coef_.T``.

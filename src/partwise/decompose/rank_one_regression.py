@@ -48,7 +48,8 @@ class ParallelRankOneRegression(RankOneEstimator):
     lr : float, default=0.25
         Step size of ``solver="gd"``, in units of one over the largest singular value of the fitted targets; at most 0.5.
     tol : float, default=1e-5
-        Stop when every map is published and none moved by more than this fraction of its size in a round; 0 runs all rounds.
+        Stop when every map is published and none moved by more than this fraction of its size in a round (for ``gd``: by more than ``lr`` times that);
+        0 runs all rounds.
     engine : {"inline", "ray"} or Engine, default="inline"
         Where the maps are worked on: in this process, in Ray workers on this machine, or in an engine that is open already. The result is the same.
     num_workers : int, optional
@@ -58,8 +59,12 @@ class ParallelRankOneRegression(RankOneEstimator):
 
     Attributes
     ----------
-    coef_, components_, y_loadings_, singular_values_, errors_per_round_, rank_, n_iter_
+    coef_, components_, y_loadings_, singular_values_, errors_per_round_, residuals_, eigenvalue_intervals_, missed_value_test_, rank_, n_iter_
         What was learned; shapes and meaning stand in ``RankOneEstimator``.
+    converged_ : bool
+        Whether the rounds ended because of ``tol``.
+    largest_move_ : float
+        How far the most restless map moved in the last round, in the units of ``tol``.
 
     See Also
     --------
@@ -129,22 +134,38 @@ class ParallelRankOneRegression(RankOneEstimator):
             )
 
     def _run(self, target: NDArray[Any], start: Pairs, errors: ErrorLog, engine: Engine) -> Pairs:
-        largest_move = math.inf
+        self.largest_move_ = math.inf
 
         def settled(before: Pairs, after: Pairs) -> bool:
-            nonlocal largest_move
-            largest_move = _largest_move(before, after)
-            return self.tol > 0 and largest_move <= self.tol
+            unit = self.lr if self.solver == "gd" else 1.0  # small steps must not pass for having arrived
+            self.largest_move_ = _largest_move(before, after) / unit
+            return self.tol > 0 and self.largest_move_ <= self.tol
 
-        last = run_rounds(self._rounds(target), start, num_rounds=self.num_rounds, engine=engine, progress=errors, stop=settled)
-        if self.tol > 0 and not largest_move <= self.tol:
-            warnings.warn(
-                f"In round num_rounds={self.num_rounds} a map still moved by {largest_move:.1e} of its size, more than tol={self.tol}. "
-                f"Raise num_rounds or num_local_steps, or tol.",
-                ConvergenceWarning,
-                stacklevel=3,
+        return run_rounds(self._rounds(target), start, num_rounds=self.num_rounds, engine=engine, progress=errors, stop=settled)
+
+    def _warn(self) -> None:
+        self.converged_ = self.largest_move_ <= self.tol
+        halves = np.diff(self.eigenvalue_intervals_)[:, 0] / (2 * self.eigenvalue_intervals_.max())  # (components,)
+        if not self.tol:
+            return
+        if not self.converged_:
+            what = (
+                f"In round num_rounds={self.num_rounds} a map still moved by {self.largest_move_:.1e} of its size, more than tol={self.tol}. "
+                f"Raise num_rounds or num_local_steps, or tol."
             )
-        return last
+        elif halves.max() > self.tol:
+            what = (
+                f"The square of singular value {halves.argmax() + 1} is known to +-{halves.max():.1e} of the largest only, more than tol={self.tol}. Its "
+                f"map hardly moves any more and has not arrived. Pass a smaller tol and more rounds, or fewer components."
+            )
+        elif not self.missed_value_test_.passed:
+            what = (
+                f"A search outside the maps found the eigenvalue {self.missed_value_test_.probe_value:.6g}, more than the "
+                f"{self.missed_value_test_.smallest_kept:.6g} of the smallest one kept. Pass another random_state, or a smaller tol."
+            )
+        else:
+            return
+        warnings.warn(what, ConvergenceWarning, stacklevel=3)
 
 
 class SequentialRankOneRegression(RankOneEstimator):
@@ -181,7 +202,7 @@ class SequentialRankOneRegression(RankOneEstimator):
 
     Attributes
     ----------
-    coef_, components_, y_loadings_, singular_values_, errors_per_round_, rank_, n_iter_
+    coef_, components_, y_loadings_, singular_values_, errors_per_round_, residuals_, eigenvalue_intervals_, missed_value_test_, rank_, n_iter_
         What was learned; shapes and meaning stand in ``RankOneEstimator``.
     steps_ : tuple of int
         Steps that each map got.
