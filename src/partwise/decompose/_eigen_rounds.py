@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from partwise.checks import InputError, check_at_least, check_choice
+from partwise.checks import InputError, RunError, check_at_least, check_choice
 from partwise.decompose._eigen_steps import Ahead, Mover, is_drowned, normalised, project_out
 from partwise.linalg.products import one_blas_thread
 from partwise.rounds import part_seed
@@ -23,12 +23,13 @@ from partwise.rounds import part_seed
 if TYPE_CHECKING:
     from partwise.decompose._covariance import Covariance
 
-__all__ = ["SOLVERS", "UPDATES", "EigenPart", "EigenResult", "Eigenpairs", "ParallelDeflation", "floats_sent", "random_eigenpairs"]
+__all__ = ["SOLVERS", "UPDATES", "EigenPart", "EigenResult", "Eigenpairs", "ParallelDeflation", "check_tol", "random_eigenpairs"]
 
 SOLVERS = ("power", "hebb", "adam", "lanczos")
 UPDATES = ("deflation", "alpha", "mu")
 STEP_SIZES = {"power": 1.0, "hebb": 10.0, "adam": 0.01, "lanczos": 1.0}  # deterministic; in units of one over the largest eigenvalue
 BATCH_STEP_SIZES = {"hebb": 1.0, "adam": 0.003}
+STILL = 1e-3  # of tol, below which a component sits still: what is left of its error also limits all behind it, by one over the gaps
 BATCH_DECAY = 5  # rounds after which a step on batches has half its first length
 
 
@@ -41,8 +42,8 @@ class Eigenpairs:
     vectors : ndarray of shape (K, d)
         Unit rows.
     values, residuals : ndarray of shape (K,)
-        Rayleigh quotients with the covariance matrix and ``||S v - value v||``, as published; 0 and infinite before that. Residuals stay infinite
-        where vectors are learned from batches.
+        Rayleigh quotients with the covariance matrix and ``||S v - value v||``, as published; 0 and infinite before that. Where vectors are learned
+        from batches, both are those of the last batches.
     updates : tuple of int
         How often each component was published. 0 means that nobody behind it may use it yet.
     present : tuple of bool
@@ -134,14 +135,6 @@ def random_eigenpairs(num_components: int, num_features: int, *, seed: int, dtyp
     )
 
 
-def floats_sent(parts: Sequence[EigenPart]) -> int:
-    """Floats that one exchange costs between workers that keep their own vectors: each publishes its own and reads those in front of it.
-
-    With all K components of size d at work this is ``K d + sum_k (k - 1) d``. The two or three scalars beside a vector are not counted.
-    """
-    return sum(part.vectors.size + part.ahead_vectors.size for part in parts)
-
-
 @dataclass(frozen=True, kw_only=True)
 class ParallelDeflation:
     """Top eigenvectors of a covariance matrix, one worker per eigenvector or per block of them.
@@ -163,7 +156,8 @@ class ParallelDeflation:
     step_size : float or None
         Length of a step of ``hebb`` and ``adam``; ``hebb``'s is divided by the running largest eigenvalue.
     tol : float
-        A component whose residual is at most ``tol`` times the largest eigenvalue sits still once all in front of it do.
+        The rounds are over when every residual is at most ``tol`` times the largest eigenvalue. Components far below it, with all in front of them,
+        sit still before.
     seed : int
         What batches and restarts are drawn from.
 
@@ -193,10 +187,7 @@ class ParallelDeflation:
         _check_combination(self)
         if self.step_size is not None and not (0 < self.step_size < math.inf):
             raise InputError("step-size-range", f"got step_size={self.step_size}, expected a finite number above 0. Pass None for the default.")
-        if not 0 <= self.tol < 1:
-            raise InputError("tol-range", f"got tol={self.tol}, expected 0 or more and below 1. Pass tol=1e-6, or 0 to run all rounds.")
-
-    # split -----------------------------------------------------------------------------------------------------------------------------------------
+        check_tol(self.tol)
 
     def split(self, state: Eigenpairs) -> list[EigenPart]:
         """One part for every block whose turn has come and that has not settled: a block starts once the one in front of it has published."""
@@ -206,7 +197,7 @@ class ParallelDeflation:
             end = min(begin + size, state.num_present)
             if begin and not state.updates[begin - 1]:
                 break
-            if not self._settled(state, end):
+            if not self._within(STILL * self.tol, state, end):
                 parts.append(self._part(state, index, begin, end))
         return parts
 
@@ -214,13 +205,13 @@ class ParallelDeflation:
         """Components per part."""
         return (self.block_size or num_components) if self.solver == "lanczos" else 1
 
-    def _settled(self, state: Eigenpairs, end: int) -> bool:
-        """Whether the first ``end`` components need no further step."""
-        return bool((state.residuals[:end] <= self.tol * state.values[:end].max(initial=0.0)).all())
+    def _within(self, tol: float, state: Eigenpairs, end: int) -> bool:
+        """Whether the first ``end`` residuals are at most ``tol`` times the largest value. That of a batch is noise and does not say."""
+        return self.batch_size is None and bool((state.residuals[:end] <= tol * state.values[:end].max(initial=0.0)).all())
 
     def settled(self, state: Eigenpairs) -> bool:
         """Whether every component that the data have is within ``tol``. Never, where vectors are learned from batches."""
-        return self._settled(state, state.num_present)
+        return self._within(self.tol, state, state.num_present)
 
     def _part(self, state: Eigenpairs, index: int, begin: int, end: int) -> EigenPart:
         largest = float(state.values.max(initial=0.0))
@@ -235,7 +226,20 @@ class ParallelDeflation:
             moments=None if state.moments is None else state.moments[begin:end],
         )
 
-    # work ------------------------------------------------------------------------------------------------------------------------------------------
+    def num_parts(self, num_components: int) -> int:
+        """Parts at most."""
+        return -(-num_components // self._size(num_components))
+
+    def floats_sent(self, before: Eigenpairs, after: Eigenpairs) -> int:
+        """Floats that the exchange between two states costs workers that keep their own vectors: each publishes its own and reads those in front.
+
+        With all K components of size d at work, one per part, this is ``K d + sum_k (k - 1) d``. The few scalars beside a vector are not counted.
+        """
+        num_components, num_features = after.vectors.shape
+        size = self._size(num_components)
+        moved = [k for k in range(num_components) if after.updates[k] > before.updates[k]]
+        begins = {k // size * size for k in moved}
+        return int(num_features * (len(moved) + sum(begins)))
 
     def work(self, part: EigenPart) -> EigenResult:
         """The local steps of one part, and the Rayleigh quotient and residual of what it will publish."""
@@ -249,7 +253,8 @@ class ParallelDeflation:
             if self.solver == "lanczos":
                 from partwise.decompose._eigen_lanczos import solve_block  # late: scipy's solvers are needed here only
 
-                return [solve_block(self.covariance, part, tol=self.tol, seed=self.seed) for part in parts]
+                tol = self.tol * (STILL if self.block_size else 1.0)  # blocks behind others need those to be better than themselves
+                return [solve_block(self.covariance, part, tol=tol, seed=self.seed) for part in parts]
             if self.batch_size is not None:
                 return [self._on_batches(part) for part in parts]
             return self._on_all_rows(parts)
@@ -317,7 +322,7 @@ class ParallelDeflation:
         covariance, mover = self.covariance, self._mover(part)
         assert self.batch_size is not None
         rng = np.random.default_rng(part_seed(self.seed, round_number=part.round_number, part=part.index))
-        vector, quotients = part.vectors[0], []
+        vector, quotients, residual = part.vectors[0], [], 0.0
         for _ in range(self.num_local_steps):
             rows = covariance.rows(rng.integers(covariance.num_samples, size=self.batch_size))  # (b, d)
             factor = covariance.num_samples / (covariance.num_samples - 1) / self.batch_size  # S divides by n - 1
@@ -327,11 +332,18 @@ class ParallelDeflation:
             own = rows @ vector  # (b,)
             image = factor * (own @ rows)
             quotients.append(factor * float(own @ own))
+            residual = float(np.linalg.norm(image - quotients[-1] * vector))
             vector = mover.move(vector, Ahead(part.ahead_vectors, values, images, self.update).taken_from(image, vector))
         moments = None if mover.moments is None else mover.moments[None]
-        return EigenResult(part.index, vector[None], np.array([np.mean(quotients)]), np.array([math.inf]), (True,), moments)
+        return EigenResult(part.index, vector[None], np.array([np.mean(quotients)]), np.array([residual]), (True,), moments)
 
-    # merge -----------------------------------------------------------------------------------------------------------------------------------------
+    def check(self, part: EigenPart, result: EigenResult) -> None:
+        """Refuse a result that is not made of as many unit vectors as the part has; engines call this for what comes from elsewhere."""
+        if result.vectors.shape != part.vectors.shape or not len(result.values) == len(result.residuals) == len(result.present) == len(part.vectors):
+            raise RunError("result-shape", f"got vectors of shape {result.vectors.shape}, expected {part.vectors.shape}. Use the same version everywhere.")
+        lengths = np.linalg.norm(result.vectors, axis=1)  # (b,)
+        if not np.allclose(lengths, 1.0, atol=1e-6):
+            raise RunError("result-length", f"got vectors of length {lengths.min():.3g} to {lengths.max():.3g}, expected 1. Check the worker's memory.")
 
     def merge(self, state: Eigenpairs, results: Sequence[EigenResult]) -> Eigenpairs:
         """Write what arrived."""
@@ -355,6 +367,12 @@ class ParallelDeflation:
             moments=moments,
             num_rounds=state.num_rounds + 1,
         )
+
+
+def check_tol(tol: float) -> None:
+    """Refuse a tolerance that is no share."""
+    if not 0 <= tol < 1:
+        raise InputError("tol-range", f"got tol={tol}, expected 0 or more and below 1. Pass tol=1e-6, or 0 to run all rounds.")
 
 
 def _check_combination(method: ParallelDeflation) -> None:
