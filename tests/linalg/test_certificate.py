@@ -193,6 +193,13 @@ def test_more_steps_resolve_smaller_gaps() -> None:
     assert bounds[-1] >= SLOW_DECAY[40]
 
 
+def test_a_matrix_that_is_known_up_to_rounding_only_has_wider_intervals() -> None:
+    matrix, vectors = matrix_of(SLOW_DECAY)
+    sharp, blunt = (certify(times(matrix), vectors[:3], seed=0, rounding=rounding) for rounding in (0.0, 1e-3))
+    np.testing.assert_allclose(np.ptp(blunt.intervals, axis=1), np.ptp(sharp.intervals, axis=1) + 2e-3, atol=1e-12)
+    assert blunt.missed_value_test.bound == pytest.approx(sharp.missed_value_test.bound + 1e-3, abs=1e-9)
+
+
 def test_when_every_direction_is_kept_nothing_can_be_missed() -> None:
     certificate = certify(times(np.diag([2.0, 1.0, 0.0])), np.eye(3), seed=0)
     test = certificate.missed_value_test

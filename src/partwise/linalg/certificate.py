@@ -99,7 +99,13 @@ class _Span:
 
 
 def certify(
-    product: Callable[[NDArray[Any]], NDArray[Any]], vectors: NDArray[Any], *, seed: int, num_probe_steps: int | None = None, tolerance: float = 1e-6
+    product: Callable[[NDArray[Any]], NDArray[Any]],
+    vectors: NDArray[Any],
+    *,
+    seed: int,
+    num_probe_steps: int | None = None,
+    tolerance: float = 1e-6,
+    rounding: float = 0.0,
 ) -> Certificate:
     """Certify vectors as leading eigenvectors of a symmetric matrix S of which only products are known.
 
@@ -124,6 +130,8 @@ def certify(
         Most steps of the probe. Each multiplies 8 vectors at once; more steps resolve smaller gaps.
     tolerance : float, default=1e-6
         A value outside counts as missed when it is larger than the smallest one kept by this share of the largest value.
+    rounding : float, default=0.0
+        How far, as a spectral norm, the matrix behind ``product`` may be from the one that is meant. Intervals are wider by it.
 
     Returns
     -------
@@ -161,7 +169,7 @@ def certify(
         if probe.num_steps >= 3 and probe.chance_hidden(np.array([smallest_kept]))[0] <= RISK:
             break
     scale = max(span.scale, probe.largest)
-    slack = span.asymmetry + ROUNDING * float(np.finfo(vectors.dtype).eps) * scale
+    slack = rounding + span.asymmetry + ROUNDING * float(np.finfo(vectors.dtype).eps) * scale
     values = np.einsum("ik,ij,jk->k", span.coordinates, span.inside, span.coordinates)  # (K,)
     within = span.inside @ span.coordinates - span.coordinates * values  # (K, K)
     residuals = np.linalg.norm(np.vstack([within, span.leaving @ span.coordinates]), axis=0)  # (K,)
