@@ -114,32 +114,36 @@ class _Joined:
             return  # what remains is to count the entries that are not finite
         step = chunk.mean - self.mean
         self.mean = self.mean + step * (chunk.num_rows / self.count)
-        self.plus.append(step * np.sqrt(before * chunk.num_rows / self.count))
-        self.minus.append(chunk.offset * np.sqrt(chunk.num_rows))
         if self.scatter is None:
             self.trace += float(chunk.scatter)
         else:
             self.scatter += chunk.scatter
-        if len(self.plus) == FOLD:
-            self.fold()
+        self.correct(step * np.sqrt(before * chunk.num_rows / self.count), chunk.offset * np.sqrt(chunk.num_rows))
 
-    def fold(self) -> None:
-        plus, minus = np.array(self.plus), np.array(self.minus)  # (chunks, features)
-        self.plus, self.minus = [], []
+    def correct(self, plus: NDArray[Any], minus: NDArray[Any]) -> None:
+        """Add the outer product of one vector and take away that of another, when enough of them wait to be multiplied in one go."""
         if self.scatter is None:
-            self.trace += float(np.vdot(plus, plus) - np.vdot(minus, minus))
-        else:
-            self.scatter += plus.T @ plus
-            self.scatter -= minus.T @ minus
+            self.trace += float(plus @ plus - minus @ minus)
+            return
+        self.plus.append(plus)
+        self.minus.append(minus)
+        if len(self.plus) == FOLD:
+            self.fold(self.scatter)
+
+    def fold(self, scatter: NDArray[Any]) -> None:
+        if self.plus:
+            plus, minus = np.array(self.plus), np.array(self.minus)  # (chunks, features)
+            scatter += plus.T @ plus
+            scatter -= minus.T @ minus
+        self.plus, self.minus = [], []
 
     def finish(self, num_rows: int, *, mean: NDArray[Any] | None, rounding: float) -> Moments:
         if self.first_bad is not None:
             raise not_finite(self.num_bad, self.first_bad, num_entries=num_rows * len(self.mean))
         if mean is not None:
-            self.plus.append((mean - self.mean) * np.sqrt(num_rows))
-            self.minus.append(np.zeros_like(self.mean))
-        if self.plus:
-            self.fold()
+            self.correct((mean - self.mean) * np.sqrt(num_rows), np.zeros_like(self.mean))
+        if self.scatter is not None:
+            self.fold(self.scatter)
         trace = self.trace if self.scatter is None else float(np.trace(self.scatter))
         if not np.isfinite(trace):
             raise InputError(

@@ -133,14 +133,21 @@ def sparse_covariance(X: Any, *, mean: NDArray[Any] | None) -> SparseCovariance:
         raise not_finite(int(bad.sum()), (row, int(data.indices[first])), num_entries=data.nnz)
     sums = np.bincount(data.indices, weights=data.data, minlength=num_features)
     centre = sums / num_samples if mean is None else mean
-    empty = num_samples - np.bincount(data.indices, minlength=num_features)
-    square = float(empty @ np.square(centre))
-    for start in range(0, data.nnz, CHUNK_ENTRIES):
-        off = data.data[start : start + CHUNK_ENTRIES] - centre[data.indices[start : start + CHUNK_ENTRIES]]
-        square += float(off @ off)
+    square = _sum_of_squares(data, centre)
     if not np.isfinite(square):
         raise InputError("too-large", "got entries so large that their squares overflow, expected absolute values below 1e+148. Divide by a constant.")
     return SparseCovariance(data, centre, square / (num_samples - 1))
+
+
+def _sum_of_squares(data: Any, centre: NDArray[Any]) -> float:
+    """Of all centred entries, those that are not stored included."""
+    empty = data.shape[0] - np.bincount(data.indices, minlength=data.shape[1])
+    with np.errstate(over="ignore", invalid="ignore"):
+        square = float(empty @ np.square(centre))
+        for start in range(0, data.nnz, CHUNK_ENTRIES):
+            off = data.data[start : start + CHUNK_ENTRIES] - centre[data.indices[start : start + CHUNK_ENTRIES]]
+            square += float(off @ off)
+    return square
 
 
 @dataclass(frozen=True, eq=False)
