@@ -32,6 +32,9 @@ class PartwiseError(Exception):
         super().__init__(message)
         self.code = code
 
+    def __reduce__(self) -> tuple[type[PartwiseError], tuple[str, str]]:
+        return type(self), (self.code, str(self))  # so that an error comes home from another process
+
 
 class InputError(PartwiseError, ValueError):
     """Something the caller passed cannot be used. The command exits with 2."""
