@@ -259,19 +259,21 @@ def publish(run: RunFolder, summary: dict[str, Any], describe: Callable[[RunReco
     return summary | {"report": str(run.report)}
 
 
-def ledger_section(ledger: Ledger) -> Section | None:
-    """The map and the table of all parts, or None where the run has no ledger yet."""
+def ledger_section(ledger: Ledger, *, place: str = "module") -> Section | None:
+    """The map and the table of all parts, or None where the run has no ledger yet; ``place`` is what parts sit in."""
     if not ledger.parts:
         return None
     total, modules = ledger.total, ledger.by_module()
-    columns = [Column(label, numeric=label not in ("module", "status")) for label in LEDGER_COLUMNS]
+    columns = [Column(place if label == "module" else label, numeric=label not in ("module", "status")) for label in LEDGER_COLUMNS]
+    layers = _by_layer(modules)
+    has_layers = any(layer is not None for layer, _ in layers)
     groups = [
-        Group("Outside the layers" if layer is None else f"Layer {layer}", [[kind, *_cells(module)] for kind, module in members])
-        for layer, members in _by_layer(modules)
+        Group(f"Layer {layer}" if layer is not None else "Outside the layers" if has_layers else "", [[kind, *_cells(module)] for kind, module in members])
+        for layer, members in layers
     ]
-    fold = f"Show the table of {len(modules)} modules" if len(modules) > MANY_MODULES else ""
-    grid = Grid("Every module: what it costs, what it is worth, what happened to its parts.", columns, groups, ("total", *_cells(total)), fold)
-    lead = f"{len(ledger.parts)} parts in {len(modules)} modules: {_cells(total)[-1]}."
+    fold = f"Show the table of {len(modules)} {place}s" if len(modules) > MANY_MODULES else ""
+    grid = Grid(f"Every {place}: what it costs, what it is worth, what happened to its parts.", columns, groups, ("total", *_cells(total)), fold)
+    lead = f"{len(ledger.parts)} parts in {len(modules)} {place}{'s' * (len(modules) != 1)}: {_cells(total)[-1]}."
     return Section("ledger", "Part ledger", lead, markup(figures.part_map(ledger)), "Each square is one part.", [grid])
 
 
