@@ -247,7 +247,7 @@ def test_nan_and_infinity_are_counted_and_the_first_is_named(value: float, dtype
         with pytest.raises(InputError, match=f"3 NaN or infinite entries out of {X.size}, the first in row 5, column 2") as caught:
             covariance_of(data)
         assert caught.value.code == "not-finite"
-    with np.errstate(invalid="ignore"), pytest.raises(InputError, match="column sums for 3 features, the first is feature 0. Check the operator"):
+    with np.errstate(invalid="ignore"), pytest.raises(InputError, match=r"column sums for 3 features, the first is feature 0. Check the operator"):
         covariance_of(aslinearoperator(X))
 
 
@@ -353,7 +353,7 @@ def test_a_map_travels_as_its_path(tmp_path: Path) -> None:
         covariance = covariance_of(np.load(tmp_path / "x.npy", mmap_mode="r"))
         message = pickle.dumps(covariance)
         assert len(message) < X.nbytes / 10 + 1000
-        arrived: Covariance = pickle.loads(message)
+        arrived: Covariance = pickle.loads(message)  # noqa: S301 - a message written two lines above
         vectors = gaussian(3, shape[1])
         np.testing.assert_array_equal(arrived.product(vectors), covariance.product(vectors))
         np.testing.assert_array_equal(arrived.rows(np.array([4])), covariance.rows(np.array([4])))
@@ -365,4 +365,4 @@ def test_a_sparse_covariance_travels_once(tmp_path: Path) -> None:
     first = covariance.product(gaussian(2, 300))
     message = pickle.dumps(covariance)
     assert len(message) < 1.1 * (X.data.nbytes + X.indices.nbytes + X.indptr.nbytes) + 5000
-    np.testing.assert_array_equal(pickle.loads(message).product(gaussian(2, 300)), first)
+    np.testing.assert_array_equal(pickle.loads(message).product(gaussian(2, 300)), first)  # noqa: S301 - a message written two lines above

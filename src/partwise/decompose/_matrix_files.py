@@ -44,7 +44,7 @@ def open_matrix(path: str | Path, *, key: str | None = None) -> tuple[Any, Names
     ------
     InputError
         ``data-not-found``, ``file-unreadable``, ``unknown-format``, ``broken-file`` (empty, cut short, damaged), ``no-rows``, ``not-numbers`` (which
-        columns), ``not-finite`` (empty cells), ``wrong-encoding``, ``object-array``, ``complex-input``, ``array-not-named`` or ``pickle-refused``.
+        columns), ``not-finite`` (empty cells), ``wrong-encoding``, ``object-array``, ``complex-input`` or ``array-not-named``.
     MissingExtra
         When parquet or zarr needs the extra ``data``.
     """

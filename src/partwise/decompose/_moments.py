@@ -152,6 +152,7 @@ class _Joined:
         return Moments(self.mean if mean is None else mean, self.scatter, trace, rounding)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # again, because what a thread sets does not reach the others
 def _of_chunk(rows: NDArray[Any], *, gram: bool, work: np.dtype[Any]) -> _ChunkMoments:
     sums = column_sums(rows)
     if not np.isfinite(sums).all():

@@ -302,7 +302,7 @@ class ZarrRows:
             found = zarr.open(str(path), mode="r")
         except Exception as error:  # zarr has no common class for what a damaged store raises
             raise InputError("broken-file", f"{path} is no sound zarr store: {error}. Export it again.") from error
-        names = [] if isinstance(found, zarr.Array) else [name for name, _ in found.arrays()]
+        names = [] if isinstance(found, zarr.Array) else sorted(name for name, _ in found.arrays())
         if not isinstance(found, zarr.Array):
             key = key if key is not None else names[0] if len(names) == 1 else None
             if key not in names:
@@ -310,9 +310,6 @@ class ZarrRows:
         rows = cls(str(Path(path).resolve()), key)
         if len(rows._array.shape) != 2:
             raise InputError("data-shape", f"{path} holds an array of shape {rows._array.shape}, expected samples and features. Reshape it and save again.")
-        codecs = [*(getattr(rows._array.metadata, "filters", None) or ()), getattr(rows._array.metadata, "compressor", None)]
-        if any("pickle" in str(getattr(codec, "codec_id", "")) for codec in codecs):
-            raise InputError("pickle-refused", f"{path} is stored with pickle, which can run code when it is read. Export it with another codec.")
         check_dtype(rows.dtype, path=str(path))
         return rows
 
