@@ -207,6 +207,9 @@ REFUSED_BY_BOTH = [
     ({"n_components": 0}, r"n_components=0 must be an integer of at least 1"),
     ({"n_components": 1.5}, r"n_components=1\.5 must be an integer of at least 1"),
     ({"solver": "newton"}, r"solver='newton' is not known\. Choose one of: power, gd, svd"),
+    ({"engine": "spark"}, r"engine='spark' is not known\. Choose one of: inline, ray"),
+    ({"n_components": 2, "engine": "ray", "num_workers": 3}, r"got num_workers=3 for 2 parts, expected at most one each\. Pass num_workers=2 or fewer"),
+    ({"num_workers": 0}, r"num_workers=0 must be an integer of at least 1"),
     ({"lr": 0.0}, r"got lr=0\.0, expected more than 0 and at most 0\.5"),
 ]
 REFUSED_BY_PARALLEL = [

@@ -47,6 +47,8 @@ class RankOneEstimator(MultiOutputMixin, RegressorMixin, BaseEstimator):
         interval.
     missed_value_test_ : MissedValueTest
         Whether a search outside the span of the maps found an eigenvalue of ``F^T F`` that should have been among them.
+    traffic_ : Traffic or None
+        What the engine counted: bytes by worker and round, and workers and results that were lost, late or refused.
     rank_ : int
         Numerical rank of ``X``.
     n_iter_ : int
@@ -122,6 +124,7 @@ class RankOneEstimator(MultiOutputMixin, RegressorMixin, BaseEstimator):
         self._certify(target, last.right, size=float(size), seed=seed)
         self.errors_per_round_ = np.stack(errors.rows)  # (rounds, components)
         self.n_iter_ = last.num_rounds
+        self.traffic_ = getattr(engine, "traffic", None)
         self._warn()
         return self
 

@@ -59,7 +59,7 @@ class ParallelRankOneRegression(RankOneEstimator):
 
     Attributes
     ----------
-    coef_, components_, y_loadings_, singular_values_, errors_per_round_, residuals_, eigenvalue_intervals_, missed_value_test_, rank_, n_iter_
+    coef_, components_, y_loadings_, singular_values_, errors_per_round_, residuals_, eigenvalue_intervals_, missed_value_test_, traffic_, rank_, n_iter_
         What was learned; shapes and meaning stand in ``RankOneEstimator``.
     converged_ : bool
         Whether the rounds ended because of ``tol``.
@@ -202,7 +202,7 @@ class SequentialRankOneRegression(RankOneEstimator):
 
     Attributes
     ----------
-    coef_, components_, y_loadings_, singular_values_, errors_per_round_, residuals_, eigenvalue_intervals_, missed_value_test_, rank_, n_iter_
+    coef_, components_, y_loadings_, singular_values_, errors_per_round_, residuals_, eigenvalue_intervals_, missed_value_test_, traffic_, rank_, n_iter_
         What was learned; shapes and meaning stand in ``RankOneEstimator``.
     steps_ : tuple of int
         Steps that each map got.
