@@ -19,7 +19,7 @@ from partwise.checks import InputError, RunError
 from partwise.engine import open_engine
 from partwise.engine.inline import inline
 from partwise.engine.ray_actors import RayActors
-from partwise.rounds import run_rounds
+from partwise.rounds import run_async, run_rounds
 from tolerances import assert_close
 
 ray = pytest.importorskip("ray", reason="tests the Ray engine")
@@ -123,6 +123,28 @@ def test_an_exception_of_the_method_names_the_worker_and_ends_the_run_at_once(tm
     with pytest.raises(RunError, match=r"worker 0 \(process \d+ on .*\) raised ZeroDivisionError: part 2 fell over, expected a result") as caught:
         with_faults(tmp_path, {(2, 0): "raise"})
     assert caught.value.code == "worker-failed"
+
+
+@pytest.mark.parametrize("max_staleness", [None, 2])
+def test_an_asynchronous_run_with_faults_replays_inline_to_the_same_bits(tmp_path: Path, max_staleness: int | None) -> None:
+    method, start = chain()
+    faulty = Faulty(method=method, folder=tmp_path, faults={(1, 1): "kill", (2, 0): "nan", (3, 1): "delay", (0, 2): "shape"}, delay=0.8)
+    with RayActors(2, timeout=0.5) as engine:
+        state, schedule = run_async(faulty, start, engine=engine, num_updates=20, max_staleness=max_staleness)
+    assert schedule.num_updates == 20
+    assert max_staleness is None or max(schedule.ages) <= max_staleness
+    assert (engine.traffic.num_lost, engine.traffic.num_refused) == (1, 2)
+    replayed, _ = run_async(method, start, schedule=schedule)
+    assert_close(replayed.vectors, state.vectors, claim="what went wrong on the way is not in the schedule, and need not be", **SAME_BITS)
+
+
+def test_an_asynchronous_run_that_is_stopped_leaves_a_usable_engine() -> None:
+    method, start = chain()
+    with RayActors(2) as engine:
+        run_async(method, start, engine=engine, num_updates=50, stop=lambda _, after: after.num_rounds == 3)
+        state = run_rounds(method, start, num_rounds=3, engine=engine)
+    assert_close(state.vectors, inline_answer().vectors, claim="leftovers are dropped", **SAME_BITS)
+    assert engine.traffic.num_late >= 1
 
 
 class Refuses:

@@ -130,8 +130,8 @@ class RaySession:
     def pickled_size(self, value: Any) -> int:
         """Bytes of ``value`` when it travels, counted without a copy of its arrays."""
         buffers: list[Any] = []
-        data = self.ray.cloudpickle.dumps(value, protocol=5, buffer_callback=buffers.append)
-        return len(data) + sum(buffer.raw().nbytes for buffer in buffers)
+        data: bytes = self.ray.cloudpickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+        return len(data) + sum(int(buffer.raw().nbytes) for buffer in buffers)
 
 
 def _num_cores() -> int:
