@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import scipy.sparse
@@ -19,19 +17,14 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from partwise.checks import InputError, check_at_least
 from partwise.decompose._covariance import Covariance, covariance_of
-from partwise.decompose._eigen_rounds import Eigenpairs, ParallelDeflation
-from partwise.engine import Engine
-from partwise.linalg.certificate import MissedValueTest, certify
+from partwise.decompose._eigen_rounds import Eigenpairs
+from partwise.decompose._eigen_runs import Progress
+from partwise.linalg.certificate import Certificate, MissedValueTest, certify
 from partwise.linalg.products import one_blas_thread
-from partwise.rounds import run_rounds
 
-if TYPE_CHECKING:
-    from partwise.rounds import Schedule
-
-__all__ = ["EigenEstimator", "Solved", "positive_largest", "rayleigh_ritz", "solve_rounds"]
+__all__ = ["EigenEstimator", "Progress", "Solved", "positive_largest", "rayleigh_ritz"]
 
 CHUNK_BYTES = 1 << 26  # of rows that are transformed at once when the data are not in memory
-Progress = Callable[[int, Eigenpairs], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,11 +142,10 @@ class EigenEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         # Handed on only when given: a method without rounds need not know them.
         given = {name: value for name, value in (("start", start), ("progress", progress)) if value is not None}
         solved = self._solve(covariance, seed, **given)
-        with one_blas_thread():
-            certificate = certify(covariance.product, solved.vectors, seed=seed, tolerance=max(self.tol, 1e-12))
+        vectors, certificate = self._certified(covariance, solved.vectors, seed)
         order = np.argsort(-certificate.values, kind="stable")
         intervals = certificate.intervals[order] + np.array([-covariance.rounding, covariance.rounding])  # (K, 2)
-        self._learn(covariance, positive_largest(solved.vectors[order]), certificate.values[order])
+        self._learn(covariance, positive_largest(vectors[order]), certificate.values[order])
         self.residuals_ = certificate.residuals[order]
         self.eigenvalue_intervals_ = intervals
         self.missed_value_test_ = certificate.missed_value_test
@@ -161,6 +153,22 @@ class EigenEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         vars(self).pop("_stream", None)  # a stream that was under way does not know these rows
         self._warn(certificate.missed_value_test, intervals)
         return self
+
+    def _certified(self, covariance: Covariance, vectors: NDArray[Any], seed: int) -> tuple[NDArray[Any], Certificate]:
+        """The vectors with their certificate, once what a probe found to be missing has been put in its place, if the method knows how."""
+        with one_blas_thread():
+            certificate = certify(covariance.product, vectors, seed=seed, tolerance=max(self.tol, 1e-12))
+            for _ in range(len(vectors)):
+                mended = None if certificate.missed_value_test.passed else self._mended(covariance, vectors, seed)
+                if mended is None:
+                    break
+                vectors = mended
+                certificate = certify(covariance.product, vectors, seed=seed, tolerance=max(self.tol, 1e-12))
+        return vectors, certificate
+
+    def _mended(self, covariance: Covariance, vectors: NDArray[Any], seed: int) -> NDArray[Any] | None:
+        """Better vectors, after a probe found a larger eigenvalue outside their span; None when the method has no way but more rounds."""
+        return None
 
     def _covariance(self, X: Any) -> Covariance:
         """The covariance of data in any form; sets what scikit-learn keeps about the input."""
@@ -216,12 +224,13 @@ class EigenEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
                 stacklevel=3,
             )
         if self.n_components_ < self.n_components:
-            warnings.warn(
-                f"The data have only {self.n_components_} directions with variance, fewer than n_components={self.n_components}; "
-                f"the fit has {self.n_components_} components.",
-                UserWarning,
-                stacklevel=3,
-            )
+            warnings.warn(self._shortage(), UserWarning, stacklevel=3)
+
+    def _shortage(self) -> str:
+        return (
+            f"The data have only {self.n_components_} directions with variance, fewer than n_components={self.n_components}; "
+            f"the fit has {self.n_components_} components."
+        )
 
     def _advice(self) -> str:
         return "Raise num_rounds, or tol."
@@ -288,82 +297,6 @@ class EigenEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
             )
         points: NDArray[Any] = scores @ self.components_ + self.mean_
         return points
-
-
-def solve_rounds(
-    method: ParallelDeflation,
-    start: Eigenpairs,
-    *,
-    num_rounds: int,
-    engine: Engine,
-    mode: str = "sync",
-    max_staleness: int | None = None,
-    schedule: Schedule | None = None,
-    progress: Progress | None = None,
-) -> tuple[Eigenpairs, list[dict[str, Any]], Schedule | None]:
-    """Run the rounds until every component has settled, or ``num_rounds`` are done.
-
-    Parameters
-    ----------
-    method : ParallelDeflation
-        What runs.
-    start : Eigenpairs
-        Where to start: random, or a state of an earlier run, whose rounds count.
-    num_rounds : int
-        Rounds at most, those of ``start`` included; with ``mode="async"`` every part publishes that often on average.
-    engine : Engine
-        An open engine.
-    mode : {"sync", "async"}
-        Whether all parts wait for each other after every publication.
-    max_staleness : int, optional
-        Asynchronous only: publications by which a part may be ahead of one in front of it.
-    schedule : Schedule, optional
-        Asynchronous only: the order of events of an earlier run, which is then repeated bit for bit.
-    progress : callable, optional
-        Called after each round, or each publication, as ``progress(number, state)``.
-
-    Returns
-    -------
-    state : Eigenpairs
-        The last one.
-    history : list of dict
-        One record per round or publication: its number, seconds since the start, values, residuals, floats sent.
-    schedule : Schedule or None
-        What happened in which order, when asynchronous.
-    """
-    history: list[dict[str, Any]] = []
-    started, latest = time.perf_counter(), start
-
-    def record(_: int, state: Eigenpairs) -> None:
-        nonlocal latest
-        history.append(
-            {
-                "round": state.num_rounds,
-                "seconds": time.perf_counter() - started,
-                "floats_sent": method.floats_sent(latest, state),
-                "values": state.values.tolist(),
-                "residuals": [float(r) if np.isfinite(r) else None for r in state.residuals],
-            }
-        )
-        latest = state
-        if progress is not None:
-            progress(state.num_rounds, state)
-
-    def stop(_: Eigenpairs, state: Eigenpairs) -> bool:
-        return method.settled(state)
-
-    total = num_rounds * (method.num_parts(len(start.vectors)) if mode == "async" else 1)
-    left = total - start.num_rounds
-    if left < 1 or method.settled(start):
-        return start, history, schedule
-    if mode == "sync":
-        return run_rounds(method, start, num_rounds=left, engine=engine, progress=record, stop=stop), history, None
-    from partwise.rounds import run_async
-
-    state, happened = run_async(
-        method, start, engine=engine, num_updates=left, max_staleness=max_staleness, schedule=schedule, progress=record, stop=stop
-    )
-    return state, history, happened
 
 
 def rayleigh_ritz(covariance: Covariance, vectors: NDArray[Any]) -> NDArray[Any]:

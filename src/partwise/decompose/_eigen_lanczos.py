@@ -15,7 +15,7 @@ from partwise.rounds import part_seed
 if TYPE_CHECKING:
     from partwise.decompose._covariance import Covariance
 
-__all__ = ["solve_block"]
+__all__ = ["next_vector", "solve_block"]
 
 SAFETY = 0.5  # ARPACK's own residuals are estimates; asked for half, it stays within what we promise
 
@@ -45,6 +45,25 @@ def solve_block(covariance: Covariance, part: EigenPart, *, tol: float, seed: in
     largest = max(values.max(), part.ahead_values.max(initial=0.0))
     present = values > noise * largest
     return EigenResult(part.index, vectors, values, residuals, tuple(bool(there) for there in present))
+
+
+def next_vector(covariance: Covariance, vectors: NDArray[Any], *, tol: float, seed: int) -> NDArray[Any]:
+    """The leading vector (1, d) of what orthonormal rows (k, d) leave over.
+
+    Lanczos from one start sees one vector of each eigenspace, so members of a repeated eigenvalue are missed now and then. After the others are taken
+    away, the next is the leading one.
+    """
+    images = covariance.product(vectors)  # (k, d)
+    part = EigenPart(
+        index=len(vectors),
+        round_number=1,
+        vectors=np.random.default_rng(part_seed(seed, round_number=0, part=len(vectors))).standard_normal((1, vectors.shape[1])),
+        ahead_vectors=vectors,
+        ahead_values=np.einsum("kd,kd->k", vectors, images),
+        ahead_residual=0.0,
+        scale=covariance.total_variance,
+    )
+    return solve_block(covariance, part, tol=tol, seed=seed).vectors
 
 
 def _dense(deflated: Any, num_features: int, num_wanted: int, dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
+from numpy.typing import NDArray
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import validate_data
 
 from partwise.checks import InputError, check_at_least, check_choice
-from partwise.decompose._eigen_estimator import EigenEstimator, Progress, Solved, positive_largest, rayleigh_ritz, solve_rounds
+from partwise.decompose._covariance import GramCovariance
+from partwise.decompose._eigen_estimator import EigenEstimator, Progress, Solved, positive_largest, rayleigh_ritz
 from partwise.decompose._eigen_rounds import Eigenpairs, ParallelDeflation, check_tol, random_eigenpairs
+from partwise.decompose._eigen_runs import solve_rounds
 from partwise.decompose._eigen_stream import EigenStream, StreamCovariance
 from partwise.engine import Engine, open_engine
 
@@ -42,7 +46,7 @@ class RoundEstimator(EigenEstimator):
         check_at_least(self.num_rounds, 1, name="num_rounds")
         check_choice(self.mode, MODES, name="mode")
         if self.max_staleness is not None:
-            check_at_least(self.max_staleness, 0, name="max_staleness")
+            check_at_least(self.max_staleness, 1, name="max_staleness")
             if self.mode == "sync":
                 raise InputError(
                     "staleness-needs-async",
@@ -65,6 +69,8 @@ class RoundEstimator(EigenEstimator):
 
     def _solve(self, covariance: Covariance, seed: int, *, start: Eigenpairs | None = None, progress: Progress | None = None) -> Solved:
         method = self.round_method(covariance, seed)
+        if method.batch_size is None and isinstance(covariance, GramCovariance):
+            method = replace(method, covariance=replace(covariance, source=None))  # the rows need not travel
         if start is None:
             start = random_eigenpairs(
                 self.n_components, covariance.num_features, seed=seed, dtype=covariance.dtype, with_moments=method.solver == "adam"
@@ -233,6 +239,14 @@ class ParallelDeflationPCA(RoundEstimator):
             tol=SETTLED * self.tol,
             seed=seed,
         )
+
+    def _mended(self, covariance: Covariance, vectors: NDArray[Any], seed: int) -> NDArray[Any] | None:
+        if self.solver != "lanczos" or len(vectors) == covariance.num_features:
+            return None
+        from partwise.decompose._eigen_lanczos import next_vector  # late: scipy's solvers are needed here only
+
+        basis = rayleigh_ritz(covariance, vectors)
+        return rayleigh_ritz(covariance, np.concatenate([basis, next_vector(covariance, basis, tol=SETTLED * self.tol, seed=seed)]))[: len(vectors)]
 
     def _advice(self) -> str:
         if self.batch_size is not None:
