@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import re
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -21,6 +20,7 @@ from partwise.runs import RunFolder
 from partwise.tune import _figures as figures
 from partwise.tune._figures import Point
 from partwise.tune._report import describe
+from report_page import Page
 
 ALL_SECTIONS = ["Rank map", "Growth over time", "Loss", "Quality against kept rank", "Sizes", "Part ledger", "Settings"]
 OKABE_ITO = {"#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442"}
@@ -28,32 +28,6 @@ OKABE_ITO = {"#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "
 
 def write_report(path: Path) -> Path:
     return write_page(path, describe)
-
-
-class Page(HTMLParser):
-    """Tags with their attributes, headings, and the visible text."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.source = path.read_text(encoding="utf-8")
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[tuple[str, str]] = []
-        self._open = ""
-        self.feed(self.source)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self._open = tag
-
-    def handle_data(self, data: str) -> None:
-        if data.strip():
-            self.texts.append((self._open, data.strip()))
-
-    def named(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
-
-    def inside(self, tag: str) -> list[str]:
-        return [text for name, text in self.texts if name == tag]
 
 
 @pytest.fixture(scope="module")
