@@ -5,39 +5,55 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from matrices import matrix_with
+from faulty import spoil
+from matrices import gaussian, matrix_with
 from partwise.checks import InputError
+from partwise.decompose._covariance import covariance_of
+from partwise.decompose._eigen_rounds import ParallelDeflation, random_eigenpairs
 from partwise.decompose.rank_one_rounds import ParallelRankOne, SequentialRankOne, random_pairs
-from partwise.engine.inline import inline
-from partwise.rounds import run_rounds
+from partwise.engine.arrivals import flaw_of
+from partwise.engine.inline import InlineWorkers, inline
+from partwise.engine.ray_actors import RayActors
+from partwise.rounds import run_async, run_rounds
 from tolerances import assert_close
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A method, a small problem for it, and settings it must refuse."""
+    """A method, a small problem for it, and settings it must refuse. ``data``: fields that the repr leaves out."""
 
     method: Any
     start: Callable[[int], Any]  # seed -> state
     num_rounds: int
     refuses: Sequence[tuple[dict[str, Any], str]] = field(default=())  # settings, text of the error
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+TARGET = matrix_with([4, 2, 1, 0.5], rows=6, columns=5)
+COVARIANCE = covariance_of(gaussian(40, 12) * np.arange(1, 13) ** -0.5)
 
 
 def pairs(seed: int) -> Any:
-    return random_pairs(matrix_with([4, 2, 1, 0.5], rows=6, columns=5), num_components=3, seed=seed)
+    return random_pairs(TARGET, num_components=3, seed=seed)
+
+
+def eigenpairs(seed: int, *, with_moments: bool = False) -> Any:
+    return random_eigenpairs(4, COVARIANCE.num_features, seed=seed, with_moments=with_moments)
 
 
 SOLVER_TEXT = r"solver='newton' is not known\. Choose one of: power, gd, svd"
 ENTRIES = [
     Entry(
-        ParallelRankOne(solver=solver, activation=activation, num_local_steps=2, lr=0.05),
+        ParallelRankOne(target=TARGET, solver=solver, activation=activation, num_local_steps=2, lr=0.05),
         pairs,
         num_rounds=5,
         refuses=[
@@ -46,13 +62,14 @@ ENTRIES = [
             ({"num_local_steps": 0}, r"num_local_steps=0 must be an integer of at least 1"),
             ({"lr": -1.0}, r"got lr=-1\.0, expected more than 0 and at most 0\.5"),
         ],
+        data={"target": TARGET},
     )
     for solver in ("power", "gd", "svd")
     for activation in ("staggered", "advance", "all")
 ]
 ENTRIES += [
     Entry(
-        SequentialRankOne(steps=(3, 2, 1), solver="power"),
+        SequentialRankOne(target=TARGET, steps=(3, 2, 1), solver="power"),
         pairs,
         num_rounds=3,
         refuses=[
@@ -60,6 +77,28 @@ ENTRIES += [
             ({"steps": (3, 0)}, r"steps\[1\]=0 must be an integer of at least 1"),
             ({"lr": 2.0}, r"got lr=2\.0, expected more than 0 and at most 0\.5"),
         ],
+        data={"target": TARGET},
+    )
+]
+ENTRIES += [
+    Entry(
+        ParallelDeflation(covariance=COVARIANCE, num_local_steps=2, tol=0.0, **settings),
+        partial(eigenpairs, with_moments=settings["solver"] == "adam"),
+        num_rounds=6,
+        refuses=[
+            ({"solver": "newton"}, r"solver='newton' is not known\. Choose one of: power, hebb, adam, lanczos"),
+            ({"update": "beta"}, r"update='beta' is not known\. Choose one of: deflation, alpha, mu"),
+            ({"num_local_steps": 0}, r"num_local_steps=0 must be an integer of at least 1"),
+            ({"tol": -1.0}, r"got tol=-1\.0, expected 0 or more and below 1"),
+            ({"solver": "power", "batch_size": 4, "block_size": None, "update": "deflation"}, r"got batch_size=4 with solver='power', expected solver='hebb'"),
+        ],
+        data={"covariance": COVARIANCE},
+    )
+    for settings in (
+        *({"solver": solver, "update": update} for solver in ("power", "hebb") for update in ("deflation", "alpha", "mu")),
+        {"solver": "adam", "update": "mu"},
+        {"solver": "hebb", "batch_size": 8},
+        {"solver": "lanczos", "block_size": 2},
     )
 ]
 every_entry = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: repr(entry.method))
@@ -67,7 +106,7 @@ every_entry = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: repr(e
 
 def assert_same(actual: Any, expected: Any, *, claim: str, **override: float) -> None:
     """Compare states, parts or results field by field, whatever they are made of."""
-    if isinstance(expected, torch.Tensor):
+    if isinstance(expected, torch.Tensor | np.ndarray):
         assert_close(actual, expected, claim=claim, **override)
     elif dataclasses.is_dataclass(expected):
         assert type(actual) is type(expected), claim
@@ -90,7 +129,8 @@ SAME_BITS = {"rtol": 0.0, "atol": 0.0}
 
 @every_entry
 def test_the_repr_rebuilds_the_method_and_the_method_cannot_be_changed(entry: Entry) -> None:
-    assert eval(repr(entry.method), {type(entry.method).__name__: type(entry.method)}) == entry.method  # noqa: S307 - our own repr
+    kind = type(entry.method)
+    assert eval(repr(entry.method), {kind.__name__: partial(kind, **entry.data)}) == entry.method  # noqa: S307 - our own repr
     name = dataclasses.fields(entry.method)[0].name
     with pytest.raises(dataclasses.FrozenInstanceError):
         setattr(entry.method, name, None)
@@ -154,8 +194,61 @@ def test_the_batched_form_equals_one_part_at_a_time(entry: Entry) -> None:
     for _ in range(entry.num_rounds):
         parts = entry.method.split(state)
         results = entry.method.work_all(parts)
-        assert_same(results, [entry.method.work(part) for part in parts], claim="same sums, other order")
+        assert_same(results, [entry.method.work(part) for part in parts], claim="a part has the bits it would have alone", **SAME_BITS)
         state = entry.method.merge(state, results)
+
+
+@every_entry
+def test_a_result_that_comes_twice_counts_once(entry: Entry) -> None:
+    state = run_rounds(entry.method, entry.start(0), num_rounds=1)
+    results = inline(entry.method, entry.method.split(state))
+    once, twice = entry.method.merge(state, results), entry.method.merge(state, [*results, *results[:1]])
+    assert_same(twice, once, claim="the second copy changes nothing", **SAME_BITS)
+
+
+@every_entry
+@pytest.mark.parametrize("fault", ["nan", "shape", "index"])
+def test_a_broken_result_is_told_from_a_sound_one(entry: Entry, fault: str) -> None:
+    state = entry.start(0)
+    for _ in range(entry.num_rounds):
+        parts = entry.method.split(state)
+        results = inline(entry.method, parts)
+        assert [flaw_of(entry.method, part, result) for part, result in zip(parts, results, strict=True)] == [None] * len(parts)
+        assert all(flaw_of(entry.method, part, spoil(result, fault)) for part, result in zip(parts, results, strict=True))
+        state = entry.method.merge(state, results)
+
+
+@every_entry
+def test_an_asynchronous_run_replays_to_the_same_bits(entry: Entry) -> None:
+    for max_staleness in (None, 1):
+        state, schedule = run_async(entry.method, entry.start(0), engine=InlineWorkers(seed=5), num_updates=15, max_staleness=max_staleness)
+        replayed, _ = run_async(entry.method, entry.start(0), schedule=schedule)
+        assert_same(replayed, state, claim="the schedule says it all", **SAME_BITS)
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[RayActors]:
+    """Two workers that all entries use in turn."""
+    pytest.importorskip("ray", reason="tests the Ray engine")
+    with RayActors(2) as engine:
+        yield engine
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@every_entry
+def test_ray_and_inline_give_the_same_bits(entry: Entry, workers: RayActors) -> None:
+    here, there = (run_rounds(entry.method, entry.start(1), num_rounds=entry.num_rounds, engine=engine) for engine in (inline, workers))
+    assert_same(there, here, claim="where the parts ran cannot be seen", **SAME_BITS)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@every_entry
+def test_an_asynchronous_run_on_ray_replays_inline_to_the_same_bits(entry: Entry, workers: RayActors) -> None:
+    state, schedule = run_async(entry.method, entry.start(1), engine=workers, num_updates=12)
+    replayed, _ = run_async(entry.method, entry.start(1), schedule=schedule)
+    assert_same(replayed, state, claim="the schedule says it all", **SAME_BITS)
 
 
 REFUSALS = [(entry.method, settings, text) for entry in ENTRIES for settings, text in entry.refuses]
