@@ -11,7 +11,11 @@ from sklearn.base import clone
 
 from matrices import gaussian, matrix_with
 from partwise.decompose import ParallelRankOneRegression, SequentialRankOneRegression
+from partwise.decompose._rank_one_estimator import ErrorLog
+from partwise.decompose.rank_one_rounds import ParallelRankOne, random_pairs
 from partwise.engine.ray_actors import RayActors
+from partwise.linalg.rank_one import exact_parts, reduce_regression
+from partwise.rounds import run_async
 
 pytest.importorskip("ray", reason="tests the Ray engine")
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -48,6 +52,18 @@ def test_ray_and_inline_give_the_same_bits(model: Any, dtype: type, num_workers:
     there = clone(here).set_params(engine="ray", num_workers=num_workers).fit(X, y)
     for name in LEARNED:
         np.testing.assert_array_equal(getattr(there, name), getattr(here, name), err_msg=name)
+
+
+def test_an_asynchronous_fit_on_ray_finds_the_same_maps_and_replays_here_to_the_same_bits() -> None:
+    X, y = data()
+    model = ParallelRankOneRegression(4, num_rounds=100, mode="async", max_staleness=3, engine="ray", num_workers=2, random_state=0).fit(X, y)
+    assert model.errors_per_round_[-1].max() < 1e-4
+    problem, seed = reduce_regression(X.T, y.T), int(np.random.RandomState(0).randint(np.iinfo(np.int32).max))
+    exact = exact_parts(problem.target, num_components=4)
+    target, errors = problem.target / exact.singular_values[0], ErrorLog(exact, exact.singular_values[0])
+    start = random_pairs(target, num_components=4, seed=seed)
+    run_async(ParallelRankOne(target=target), start, schedule=model.schedule_, progress=errors)
+    np.testing.assert_array_equal(errors.rows, model.errors_per_round_)
 
 
 def test_the_target_travels_once_and_then_one_pair_per_map() -> None:

@@ -39,6 +39,7 @@ def data(dtype: type = np.float64, *, num_samples: int = 40, noise: float = 0.1,
         ParallelRankOneRegression(random_state=0),
         ParallelRankOneRegression(activation="staggered", solver="gd", num_local_steps=20, random_state=0),
         ParallelRankOneRegression(activation="all", solver="svd", random_state=0),
+        ParallelRankOneRegression(mode="async", max_staleness=2, random_state=0),
         SequentialRankOneRegression(random_state=0),
         SequentialRankOneRegression(solver="gd", num_steps=400, random_state=0),
     ]
@@ -160,6 +161,29 @@ def test_a_map_that_was_skipped_is_reported() -> None:
     assert model.residuals_.max() < 1e-10
 
 
+@pytest.mark.parametrize("activation", ["staggered", "advance", "all"])
+@pytest.mark.parametrize("max_staleness", [None, 1])
+def test_maps_that_do_not_wait_for_each_other_find_the_same_regression(activation: str, max_staleness: int | None) -> None:
+    X, y = data()
+    settings = {"activation": activation, "tol": 1e-8, "random_state": 0}
+    waiting = ParallelRankOneRegression(n_components=3, **settings).fit(X, y)
+    free = ParallelRankOneRegression(n_components=3, mode="async", max_staleness=max_staleness, **settings).fit(X, y)
+    np.testing.assert_allclose(free.coef_, waiting.coef_, atol=1e-6)
+    assert free.converged_
+    assert free.errors_per_round_[-1].max() < 1e-6
+    assert waiting.schedule_ is None
+    assert free.schedule_.num_updates == free.n_iter_ == len(free.errors_per_round_)
+    assert max(free.schedule_.ages) <= (max_staleness or len(free.schedule_.ages))
+
+
+def test_an_asynchronous_fit_can_be_repeated_to_the_same_bits() -> None:
+    X, y = data()
+    model = ParallelRankOneRegression(n_components=3, mode="async", random_state=0)
+    first, second, other = (clone(model).set_params(random_state=seed).fit(X, y) for seed in (0, 0, 1))
+    assert first.schedule_ == second.schedule_ != other.schedule_
+    np.testing.assert_array_equal(first.coef_, second.coef_)
+
+
 @every_estimator
 @pytest.mark.parametrize("unit", [1.0, 1e3])
 def test_the_intervals_hold_the_squares_of_the_largest_singular_values(estimator_class: type, unit: float) -> None:
@@ -219,6 +243,10 @@ REFUSED_BY_PARALLEL = [
     ),
     ({"num_rounds": 2, "n_components": 3, "activation": "staggered"}, r"num_rounds=2 .* activation='staggered', expected at least 3"),
     ({"num_rounds": 0, "activation": "all"}, r"num_rounds=0 must be an integer of at least 1"),
+    ({"mode": "later"}, r"mode='later' is not known\. Choose one of: sync, async"),
+    ({"max_staleness": 1}, r"max_staleness=1 with mode='sync', expected mode='async': in synchronous rounds nothing is stale"),
+    ({"mode": "async", "max_staleness": 0}, r"max_staleness=0 must be an integer of at least 1"),
+    ({"mode": "async", "engine": inline}, r"mode='async' with engine=<function inline.*>, expected an engine that takes parts one at a time\. Pass"),
     ({"num_local_steps": 0}, r"num_local_steps=0 must be an integer of at least 1"),
     ({"activation": "later"}, r"activation='later' is not known\. Choose one of: staggered, advance, all"),
     ({"tol": -1.0}, r"got tol=-1\.0, expected 0 or more and below 1"),

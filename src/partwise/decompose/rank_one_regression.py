@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 
 from partwise.checks import InputError, check_at_least, check_choice
+from partwise.decompose._modes import check_mode
 from partwise.decompose._rank_one_estimator import ErrorLog, RankOneEstimator
 from partwise.decompose.rank_one_rounds import Pairs, ParallelRankOne, SequentialRankOne
-from partwise.engine import Engine
+from partwise.engine import AsyncEngine, Engine
 from partwise.linalg.compute_schedule import compute_schedule
 from partwise.linalg.deflation import pair_distances
-from partwise.rounds import run_rounds
+from partwise.rounds import Schedule, run_async, run_rounds
 
 __all__ = ["SCHEDULES", "ParallelRankOneRegression", "SequentialRankOneRegression"]
 
@@ -47,6 +48,11 @@ class ParallelRankOneRegression(RankOneEstimator):
         ``staggered``: map k starts in round k. ``advance``: until then it learns in private. ``all``: every map joins in round 1.
     lr : float, default=0.25
         Step size of ``solver="gd"``, in units of one over the largest singular value of the fitted targets; at most 0.5.
+    mode : {"sync", "async"}, default="sync"
+        Whether the maps wait for each other between rounds. Without waiting, every result counts as a round of its own in ``errors_per_round_`` and
+        ``n_iter_``, and ``num_rounds`` is what every map gets on average.
+    max_staleness : int, optional
+        With ``mode="async"``: updates by which a map may be ahead of one in front of it; by default any number.
     tol : float, default=1e-5
         Stop when every map is published and none moved by more than this fraction of its size in a round (for ``gd``: by more than ``lr`` times that);
         0 runs all rounds.
@@ -63,8 +69,10 @@ class ParallelRankOneRegression(RankOneEstimator):
         What was learned; shapes and meaning stand in ``RankOneEstimator``.
     converged_ : bool
         Whether the rounds ended because of ``tol``.
+    schedule_ : Schedule or None
+        Order of events of an asynchronous fit; ``partwise.rounds.run_async`` repeats it to the same bits.
     largest_move_ : float
-        How far the most restless map moved in the last round, in the units of ``tol``.
+        How far the most restless map moved when it last worked, in the units of ``tol``.
 
     See Also
     --------
@@ -100,6 +108,8 @@ class ParallelRankOneRegression(RankOneEstimator):
         num_local_steps: int = 1,
         activation: str = "advance",
         lr: float = 0.25,
+        mode: str = "sync",
+        max_staleness: int | None = None,
         tol: float = 1e-5,
         engine: str | Engine = "inline",
         num_workers: int | None = None,
@@ -111,6 +121,8 @@ class ParallelRankOneRegression(RankOneEstimator):
         self.num_local_steps = num_local_steps
         self.activation = activation
         self.lr = lr
+        self.mode = mode
+        self.max_staleness = max_staleness
         self.tol = tol
         self.engine = engine
         self.num_workers = num_workers
@@ -123,6 +135,7 @@ class ParallelRankOneRegression(RankOneEstimator):
 
     def _check_settings(self) -> None:
         self._rounds(NO_TARGET)
+        check_mode(self.mode, self.max_staleness, self.engine)
         check_at_least(self.num_rounds, 1, name="num_rounds")
         if not 0 <= self.tol < 1:
             raise InputError("tol-range", f"got tol={self.tol}, expected 0 or more and below 1. Pass tol=1e-5, or 0 to run all rounds.")
@@ -134,17 +147,25 @@ class ParallelRankOneRegression(RankOneEstimator):
             )
 
     def _run(self, target: NDArray[Any], start: Pairs, errors: ErrorLog, engine: Engine) -> Pairs:
-        self.largest_move_ = math.inf
-
-        def settled(before: Pairs, after: Pairs) -> bool:
-            unit = self.lr if self.solver == "gd" else 1.0  # small steps must not pass for having arrived
-            self.largest_move_ = _largest_move(before, after) / unit
-            return self.tol > 0 and self.largest_move_ <= self.tol
-
-        return run_rounds(self._rounds(target), start, num_rounds=self.num_rounds, engine=engine, progress=errors, stop=settled)
+        rounds = self._rounds(target)
+        settling = _Settling(self.n_components, tol=self.tol, unit=self.lr if self.solver == "gd" else 1.0, asynchronous=self.mode == "async")
+        self.schedule_: Schedule | None = None
+        if self.mode == "async":
+            last, self.schedule_ = run_async(
+                rounds,
+                start,
+                engine=cast("AsyncEngine", engine),
+                num_updates=self.num_rounds * self.n_components,
+                max_staleness=self.max_staleness,
+                progress=errors,
+                stop=settling,
+            )
+        else:
+            last = run_rounds(rounds, start, num_rounds=self.num_rounds, engine=engine, progress=errors, stop=settling)
+        self.largest_move_, self.converged_ = float(settling.moves.max()), settling.is_over
+        return last
 
     def _warn(self) -> None:
-        self.converged_ = self.largest_move_ <= self.tol
         halves = np.diff(self.eigenvalue_intervals_)[:, 0] / (2 * self.eigenvalue_intervals_.max())  # (components,)
         if not self.tol:
             return
@@ -275,9 +296,29 @@ class SequentialRankOneRegression(RankOneEstimator):
         return run_rounds(rounds, start, num_rounds=self.n_components, engine=engine, progress=errors)
 
 
-def _largest_move(before: Pairs, after: Pairs) -> float:
-    """How far the most restless map moved in a round, relative to its size; infinite while one of them counts as absent."""
-    if not all(before.published):
-        return math.inf
-    moves = pair_distances(after.left, after.right, before.left, before.right)  # (components,)
-    return float((moves / (np.linalg.norm(after.left, axis=1) * np.linalg.norm(after.right, axis=1))).max())
+class _Settling:
+    """Watches how far maps move, relative to their size, and says when they have arrived.
+
+    A map is quiet when it moves by at most ``tol``, and all maps behind one that is not must show again that they are. Asynchronous maps must show it
+    twice: the first result after a move in front may have been under way before it.
+    """
+
+    def __init__(self, num_components: int, *, tol: float, unit: float, asynchronous: bool) -> None:
+        self.tol, self.unit, self.needed = tol, unit, 2 if asynchronous else 1
+        self.moves = np.full(num_components, math.inf)  # of each map when it last worked, in units of the step, so that small steps do not pass for rest
+        self.quiet = [0] * num_components
+
+    @property
+    def is_over(self) -> bool:
+        return self.tol > 0 and min(self.quiet) >= self.needed
+
+    def __call__(self, before: Pairs, after: Pairs) -> bool:
+        distances = pair_distances(after.left, after.right, before.left, before.right)  # (components,)
+        sizes = self.unit * np.linalg.norm(after.left, axis=1) * np.linalg.norm(after.right, axis=1)  # (components,)
+        for k in np.flatnonzero(np.subtract(after.updates, before.updates)):
+            self.moves[k] = distances[k] / sizes[k] if before.published[k] else math.inf
+            if self.moves[k] <= self.tol:
+                self.quiet[k] += 1
+            else:
+                self.quiet[k:] = [0] * (len(self.quiet) - k)
+        return self.is_over

@@ -8,7 +8,7 @@ elsewhere sends it to each of them once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -36,13 +36,16 @@ class Pairs:
     published : tuple of bool
         Which pairs the others may use. What is not published counts as absent.
     num_rounds : int
-        Rounds done.
+        Merges done: rounds, or results when they are merged one at a time.
+    updates : tuple of int
+        Results that arrived for each component.
     """
 
     left: NDArray[Any]
     right: NDArray[Any]
     published: tuple[bool, ...]
     num_rounds: int = 0
+    updates: tuple[int, ...] = ()
 
     @property
     def published_left(self) -> NDArray[Any]:
@@ -78,7 +81,7 @@ def random_pairs(target: NDArray[Any], *, num_components: int, seed: int) -> Pai
         draw = np.random.default_rng(part_seed(seed, round_number=0, part=k)).standard_normal(rows + columns)  # (m + p,)
         left[k] = START_NORM * draw[:rows] / np.linalg.norm(draw[:rows])
         right[k] = START_NORM * draw[rows:] / np.linalg.norm(draw[rows:])
-    return Pairs(left, right, published=(False,) * num_components)
+    return Pairs(left, right, published=(False,) * num_components, updates=(0,) * num_components)
 
 
 def _part(state: Pairs, index: int) -> PairPart:
@@ -101,11 +104,12 @@ def _check_result(part: PairPart, result: PairResult) -> None:
 
 
 def _write(state: Pairs, results: Sequence[PairResult], *, publish: set[int]) -> Pairs:
-    left, right, published = state.left.copy(), state.right.copy(), list(state.published)
-    for result in results:  # any subset may have arrived
-        left[result.index], right[result.index] = result.left, result.right
-        published[result.index] |= result.index in publish
-    return replace(state, left=left, right=right, published=tuple(published), num_rounds=state.num_rounds + 1)
+    left, right, published, updates = state.left.copy(), state.right.copy(), list(state.published), list(state.updates)
+    for k, result in {result.index: result for result in results}.items():  # any subset may have arrived, and one twice
+        left[k], right[k] = result.left, result.right
+        published[k] |= k in publish
+        updates[k] += 1
+    return Pairs(left, right, tuple(published), state.num_rounds + 1, tuple(updates))
 
 
 @dataclass(frozen=True, kw_only=True)
