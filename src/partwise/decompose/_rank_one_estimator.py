@@ -55,12 +55,15 @@ class RankOneEstimator(MultiOutputMixin, RegressorMixin, BaseEstimator):
         Rounds that were run.
     """
 
-    n_components: int
-    solver: str
-    lr: float
-    engine: str | Engine
-    num_workers: int | None
-    random_state: int | np.random.RandomState | None
+    def __init__(
+        self, n_components: int, *, solver: str, lr: float, engine: str | Engine, num_workers: int | None, random_state: int | np.random.RandomState | None
+    ) -> None:
+        self.n_components = n_components
+        self.solver = solver
+        self.lr = lr
+        self.engine = engine
+        self.num_workers = num_workers
+        self.random_state = random_state
 
     @abstractmethod
     def _check_settings(self) -> None:

@@ -115,18 +115,13 @@ class ParallelRankOneRegression(RankOneEstimator):
         num_workers: int | None = None,
         random_state: int | np.random.RandomState | None = None,
     ) -> None:
-        self.n_components = n_components
-        self.solver = solver
+        super().__init__(n_components, solver=solver, lr=lr, engine=engine, num_workers=num_workers, random_state=random_state)
         self.num_rounds = num_rounds
         self.num_local_steps = num_local_steps
         self.activation = activation
-        self.lr = lr
         self.mode = mode
         self.max_staleness = max_staleness
         self.tol = tol
-        self.engine = engine
-        self.num_workers = num_workers
-        self.random_state = random_state
 
     def _rounds(self, target: NDArray[Any]) -> ParallelRankOne:
         return ParallelRankOne(
@@ -266,16 +261,11 @@ class SequentialRankOneRegression(RankOneEstimator):
         num_workers: int | None = None,
         random_state: int | np.random.RandomState | None = None,
     ) -> None:
-        self.n_components = n_components
-        self.solver = solver
+        super().__init__(n_components, solver=solver, lr=lr, engine=engine, num_workers=num_workers, random_state=random_state)
         self.num_steps = num_steps
         self.min_steps = min_steps
         self.schedule = schedule
         self.alpha = alpha
-        self.lr = lr
-        self.engine = engine
-        self.num_workers = num_workers
-        self.random_state = random_state
 
     def _rounds(self, target: NDArray[Any]) -> SequentialRankOne:
         slope = {"equal": 0.0, "more-first": self.alpha, "less-first": -self.alpha}[self.schedule]
