@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from partwise.checks import RunError
-from partwise.tune._data import IGNORED, Encoded, Examples, Task, encode
+from partwise.tune._batches import IGNORED, Encoded, encode
+from partwise.tune._data import Examples, Task
 from partwise.tune._metrics import evaluate, headline, score
 from tiny import tiny_bert, tiny_bert_tokenizer, tiny_llama, tiny_llama_tokenizer
 from tolerances import assert_close

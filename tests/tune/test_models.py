@@ -14,7 +14,8 @@ import transformers
 from torch import nn
 
 from partwise.checks import InputError, MissingExtra
-from partwise.tune._data import DataSettings, encode, read_task_data
+from partwise.tune._batches import encode
+from partwise.tune._data import DataSettings, read_task_data
 from partwise.tune._metrics import evaluate
 from partwise.tune._models import check_has_linear_layers, demo_folder, load_model
 from tiny import save_tiny, tiny_bert, tiny_bert_tokenizer, tiny_llama, tiny_llama_tokenizer

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from partwise.checks import RunError, load_extra
-from partwise.tune._data import IGNORED, Encoded, Task, eval_batches
+from partwise.tune._batches import IGNORED, Encoded, eval_batches
+from partwise.tune._data import Task
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

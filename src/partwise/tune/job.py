@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
 
-    from partwise.tune._data import Encoded, TaskData
+    from partwise.tune._batches import Encoded
+    from partwise.tune._data import TaskData
 
 logger = logging.getLogger(__name__)
 
@@ -268,7 +269,8 @@ def prepare(recipe: Recipe, settings: TuneSettings, data: DataSettings, *, name:
     load_extra("transformers", extra="hf")
     import torch
 
-    from partwise.tune._data import check_batch_fits, encode, read_task_data
+    from partwise.tune._batches import check_batch_fits, encode
+    from partwise.tune._data import read_task_data
     from partwise.tune._models import load_model
     from partwise.tune.lora import target_linears
 
@@ -316,7 +318,7 @@ def prepare(recipe: Recipe, settings: TuneSettings, data: DataSettings, *, name:
 
 def training_batch(train: Encoded, step: int, *, settings: TuneSettings, pad_token_id: int, device: str) -> dict[str, Tensor]:
     """The rows of one step, on the device."""
-    from partwise.tune._data import batch_at
+    from partwise.tune._batches import batch_at
 
     batch = batch_at(train, step=step, batch_size=settings.batch_size, seed=settings.seed, pad_token_id=pad_token_id)
     return {key: value.to(device) for key, value in batch.items()}
