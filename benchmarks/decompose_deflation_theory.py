@@ -70,12 +70,19 @@ def solver_contractions(covariance: GramCovariance, states: list[Eigenpairs], *,
     return factors
 
 
-def envelope_use(seed: int, *, num_local_steps: int, num_components: int = 4, num_rounds: int = 500) -> tuple[float, float, float]:
-    """Largest error over bound from the warm-up on; rounds until every error is below 1e-3, as seen and as the theorem promises."""
+def envelope_use(seed: int, *, num_local_steps: int, num_components: int = 4, num_rounds: int = 500) -> tuple[float, float, float] | None:
+    """Largest error over bound from the warm-up on; rounds until every error is below 1e-3, as seen and as the theorem promises.
+
+    None where the theorem says nothing, because some call of the solver moved away from its goal: rough vectors in front can leave a matrix with a
+    large negative eigenvalue, which power steps chase.
+    """
     covariance, exact = covariance_with(WIDE_GAPS, seed)
     states = states_of(parallel(covariance, seed=seed, num_local_steps=num_local_steps), num_components=num_components, num_rounds=num_rounds)
     errors = np.stack([aligned_distances(state.vectors, exact[:num_components]) for state in states])  # (rounds + 1, K), after round l
-    rates = theorem_rates([max(solver_contractions(covariance, states, component=k)) for k in range(num_components)])
+    factors = [max(solver_contractions(covariance, states, component=k)) for k in range(num_components)]
+    if max(factors) >= 1:
+        return None
+    rates = theorem_rates(factors)
     warm_ups = warm_up_rounds(WIDE_GAPS.tolist(), rates)
     uses = [0.0]
     for k in range(num_components):
@@ -200,7 +207,7 @@ def rounds_to(threshold: float, seed: int, *, spectrum: np.ndarray, num_rounds: 
 
 
 def report(started: float, **fields: Any) -> None:
-    row = Row(seeds=SEEDS, seconds=time.perf_counter() - started, **fields)
+    row = Row(**{"seeds": SEEDS, "seconds": time.perf_counter() - started} | fields)
     append(NAME, row)
     print(f"{row.claim}: {row.values} {row.baseline_values} held={row.held}", flush=True)
 
@@ -211,12 +218,18 @@ def described(num_local_steps: int) -> str:
 
 def measure_theorem() -> None:
     for num_local_steps in (1, 5):
+        steps = f"{num_local_steps} local step{'s' * (num_local_steps > 1)}"
         started = time.perf_counter()
-        uses, seen, promised = zip(*(envelope_use(seed, num_local_steps=num_local_steps) for seed in SEEDS), strict=True)
-        note = "6 features, eigenvalues 0.5^k, the first 4. The solver's factor is the worst that any call of the run really had."
+        measured = {seed: use for seed in range(4 * len(SEEDS)) if (use := envelope_use(seed, num_local_steps=num_local_steps)) is not None}
+        seeds = tuple(measured)[: len(SEEDS)]
+        uses, seen, promised = zip(*(measured[seed] for seed in seeds), strict=True)
+        note = (
+            "6 features, eigenvalues 0.5^k, the first 4. The solver's factor is the worst that any call of the run really had. The theorem asks for "
+            f"factors below 1: of seeds 0 to {max(seeds)} it says nothing for {max(seeds) + 1 - len(seeds)}, where some call moved away from its goal."
+        )
         report(
             started,
-            claim=f"Parallel deflation: from the warm-up on no error crosses the theorem's envelope, {num_local_steps} local steps",
+            claim=f"Parallel deflation: from the warm-up on no error crosses the theorem's envelope, {steps}",
             method=described(num_local_steps),
             values=uses,
             unit="error over bound, largest",
@@ -224,10 +237,11 @@ def measure_theorem() -> None:
             expected="at most 1 on every seed",
             held=max(uses) <= 1,
             note=note,
+            seeds=seeds,
         )
         report(
             started,
-            claim=f"Parallel deflation: rounds until every error is below 0.001, seen and promised, {num_local_steps} local steps",
+            claim=f"Parallel deflation: rounds until every error is below 0.001, seen and promised, {steps}",
             method=described(num_local_steps),
             values=seen,
             unit="rounds",
@@ -236,12 +250,13 @@ def measure_theorem() -> None:
             expected="no more than promised",
             held=all(mine <= theirs for mine, theirs in zip(seen, promised, strict=True)),
             note=note,
+            seeds=seeds,
         )
         started = time.perf_counter()
         values = tuple(rate_deviation(seed, num_local_steps=num_local_steps) for seed in SEEDS)
         report(
             started,
-            claim=f"Parallel deflation: errors shrink per round at the predicted rate, {num_local_steps} local steps",
+            claim=f"Parallel deflation: errors shrink per round at the predicted rate, {steps}",
             method=described(num_local_steps),
             values=values,
             unit="relative difference, worst component",

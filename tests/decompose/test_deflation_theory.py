@@ -15,7 +15,9 @@ EXPONENTIAL = 1.2 ** -np.arange(60.0)
 
 @pytest.mark.parametrize("num_local_steps", [1, 5])
 def test_from_the_warm_up_on_no_error_of_parallel_deflation_crosses_the_envelope(num_local_steps: int) -> None:
-    use, seen, promised = theory.envelope_use(1, num_local_steps=num_local_steps, num_components=3, num_rounds=200)
+    measured = theory.envelope_use(1, num_local_steps=num_local_steps, num_components=3, num_rounds=200)
+    assert measured is not None  # with this seed the solver contracts at every call, as the theorem assumes
+    use, seen, promised = measured
     assert 0 < use <= 1
     assert seen <= promised
 
