@@ -28,9 +28,9 @@ __all__ = ["SOLVERS", "UPDATES", "EigenPart", "EigenResult", "Eigenpairs", "Para
 SOLVERS = ("power", "hebb", "adam", "lanczos")
 UPDATES = ("deflation", "alpha", "mu")
 STEP_SIZES = {"power": 1.0, "hebb": 10.0, "adam": 0.01, "lanczos": 1.0}  # deterministic; in units of one over the largest eigenvalue
-BATCH_STEP_SIZES = {"hebb": 1.0, "adam": 0.003}
+BATCH_STEP_SIZES = {"hebb": 1.0, "adam": 0.03}
 STILL = 1e-3  # of tol, below which a component sits still: what is left of its error also limits all behind it, by one over the gaps
-BATCH_DECAY = 5  # rounds after which a step on batches has half its first length
+BATCH_DECAY = 20  # rounds after which a step on batches has half its first length
 
 
 @dataclass(frozen=True, eq=False)

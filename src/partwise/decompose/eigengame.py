@@ -43,7 +43,7 @@ class EigenGame(RoundEstimator):
         Rows per step, drawn anew for each; by default all. With batches all ``num_rounds`` are run, since no batch can tell when to stop.
     step_size : float, optional
         First step: of ``sgd`` in units of one over the running largest eigenvalue, by default infinite (the gradient replaces the vector) or 1 on
-        batches; of ``adam`` per entry, by default 0.01, or 0.003 on batches. On batches steps shrink with the rounds.
+        batches; of ``adam`` per entry, by default 0.01, or 0.03 on batches. On batches steps shrink with the rounds.
     engine : {"inline", "ray"} or Engine, default="inline"
         Where the players run.
     num_workers : int, optional
