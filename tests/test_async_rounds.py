@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from faulty import Chain, FollowTheChain, chain
+from chain import Chain, FollowTheChain, chain
 from partwise.checks import InputError
 from partwise.engine.inline import InlineWorkers
 from partwise.rounds import Schedule, run_async, run_rounds

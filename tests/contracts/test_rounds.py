@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from faulty import spoil
+from faults import spoil
 from matrices import gaussian, matrix_with
 from partwise.checks import InputError
 from partwise.decompose._covariance import covariance_of

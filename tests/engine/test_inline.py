@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from faulty import Faulty, chain
+from chain import chain
+from faults import Faulty
 from partwise.checks import InputError, RunError
 from partwise.engine import open_engine
 from partwise.engine.arrivals import Traffic, TrafficRow, flaw_of

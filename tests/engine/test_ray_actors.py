@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from faulty import Chain, Faulty, chain
+from chain import Chain, chain
+from faults import Faulty
 from partwise.checks import InputError, RunError
 from partwise.engine import open_engine
 from partwise.engine.inline import inline
@@ -181,7 +183,10 @@ def test_workers_end_with_the_block_and_a_cluster_that_was_there_stays() -> None
     method, start = chain()
     with RayActors(2) as engine:
         run_rounds(method, start, num_rounds=1, engine=engine)
-        pids = [int(seat.where.split()[1]) for seat in engine._seats.values()]
+        names = [re.fullmatch(r"worker (\d) \(process (\d+) on \S+\)", text) for text in engine.workers]
+    assert [name[1] for name in names if name] == ["0", "1"]
+    assert engine.workers == ()
+    pids = [int(name[2]) for name in names if name]
     deadline = time.monotonic() + 10
     while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)

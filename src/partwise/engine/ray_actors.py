@@ -171,6 +171,11 @@ class RayActors:
             raise InputError("engine-closed", "RayActors is not open, expected a call inside its block. Write: with RayActors(...) as engine: ...")
         return self._session
 
+    @property
+    def workers(self) -> tuple[str, ...]:
+        """Who is at work: number, process and machine of each worker, as errors name them."""
+        return tuple(str(seat) for _, seat in sorted(self._seats.items()) if seat.handle is not None)
+
     def __call__(self, method: Worker[Part, Result], parts: Sequence[Part]) -> list[Result]:
         """Results of ``parts`` in their order: every worker gets its parts in one message, and nobody goes on before all have answered."""
         self.abandon()
