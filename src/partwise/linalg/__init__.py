@@ -6,6 +6,8 @@
 - ``certificate`` - residuals, guaranteed intervals of eigenvalues, and a probe for missed ones.
 - ``compute_schedule`` - deal a number of steps to components.
 - ``subspace`` - angles, gaps, low-rank projections.
+- ``partition`` - deal units into parts: disjoint, overlapping, at random.
+- ``slicing`` - cut entries out of a tensor, and put pieces back as the mean over their holders.
 - ``products`` - matrix products whose bits do not depend on the batch.
 
 Importing this package loads none of them; ``rank_one_step`` and ``deflate`` load torch when first used.

@@ -1,6 +1,58 @@
-"""Where parts sit in a model family.
+"""Where parts sit in a model family, and how to take them out and put them back.
+
+- ``parts`` - ``coupled_axes``, ``extract``, ``merge``, ``mask``.
+- ``axes`` - what an axis, a unit and a part are.
+- ``sampling`` - deal the units of axes into parts.
+- ``llama``, ``gpt2``, ``vit``, ``resnet``, ``mlp`` - one file per family; ``chains`` follows data through plain networks for the last two.
+- ``uneven`` - transformers models whose layers differ in size.
+- ``names`` - where a module sits, read from its name.
 
 Importing this package loads nothing heavy.
 """
 
 from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from partwise.models.axes import Axis, BlockAxis, CoupledAxis, Member, Part, count_holders
+    from partwise.models.parts import coupled_axes, extract, mask, merge, merge_tensors, scale_readers, slice_tensors, tensors_of
+    from partwise.models.sampling import BernoulliSampler, DisjointSampler, FixedFractionSampler, StratifiedSampler
+
+_HOMES = {
+    **dict.fromkeys(("Axis", "BlockAxis", "CoupledAxis", "Member", "Part", "count_holders"), "axes"),
+    **dict.fromkeys(("coupled_axes", "extract", "mask", "merge", "merge_tensors", "scale_readers", "slice_tensors", "tensors_of"), "parts"),
+    **dict.fromkeys(("BernoulliSampler", "DisjointSampler", "FixedFractionSampler", "StratifiedSampler"), "sampling"),
+}
+
+__all__ = [
+    "Axis",
+    "BernoulliSampler",
+    "BlockAxis",
+    "CoupledAxis",
+    "DisjointSampler",
+    "FixedFractionSampler",
+    "Member",
+    "Part",
+    "StratifiedSampler",
+    "count_holders",
+    "coupled_axes",
+    "extract",
+    "mask",
+    "merge",
+    "merge_tensors",
+    "scale_readers",
+    "slice_tensors",
+    "tensors_of",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"partwise.models.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

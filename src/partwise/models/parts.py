@@ -1,0 +1,272 @@
+"""Take real subnetworks out of a model, and put them back.
+
+``coupled_axes`` says what can be left out, ``extract`` makes a smaller model of the same class, ``merge`` puts such models back, ``mask`` switches off in a
+copy of the whole model what a part does not hold.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from partwise.checks import InputError, check_choice
+from partwise.linalg.slicing import mean_over_holders, take, take_shape
+from partwise.models.axes import BlockAxis, Part, check_part, names_in_part, sliced_entries
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from torch import Tensor, nn
+
+    from partwise.models.axes import Axis
+
+    Model = TypeVar("Model", bound=nn.Module)
+
+__all__ = ["FAMILIES", "coupled_axes", "extract", "mask", "merge", "merge_tensors", "scale_readers", "slice_tensors", "tensors_of"]
+
+# Asked in this order; convolutional networks come before perceptrons because they may contain one.
+FAMILIES = ("llama", "gpt2", "vit", "resnet", "mlp")
+
+
+def coupled_axes(model: nn.Module, *, kinds: Iterable[str] | None = None) -> tuple[Axis, ...]:
+    """What can be left out of a model: which rows, columns, norm entries and head groups go together.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        A multilayer perceptron, a convolutional network or ResNet, or a Llama, Mistral, Qwen2, Qwen3, GPT-2 or ViT model of transformers.
+    kinds : iterable of str, optional
+        Only axes of these kinds: ``"neurons"``, ``"heads"``, ``"filters"``, ``"blocks"``, as far as the family has them. Left out: all.
+
+    Returns
+    -------
+    tuple of CoupledAxis or BlockAxis
+        In the order of the model's layers, then sections of residual blocks.
+
+    Raises
+    ------
+    InputError
+        When the class of model is not known, a kind is not one of its family's, nothing can be left out, or weights are shared in a way that no axis
+        describes.
+    """
+    family = _family(model)
+    wanted = tuple(family.KINDS if kinds is None else kinds)
+    for kind in wanted:
+        check_choice(kind, family.KINDS, name=f"kind of axis of {type(model).__name__}")
+    axes = tuple(axis for axis in family.find_axes(model) if axis.kind in wanted)
+    if not axes:
+        raise InputError(
+            "no-axes",
+            f"{type(model).__name__} has no {' or '.join(wanted)} that could be left out, expected a hidden layer that only other layers read, or a section "
+            "of residual blocks. Use a deeper model.",
+        )
+    _refuse_tied_members(model, axes)
+    return axes
+
+
+def extract(model: Model, part: Part, *, axes: Sequence[Axis] | None = None) -> Model:
+    """A smaller model of the same class that holds the units of a part, with a configuration that says so.
+
+    Its outputs are those of ``mask(model, part)``. Nothing is shared with ``model``, which is not changed.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The whole model.
+    part : Part
+        What the small model holds.
+    axes : sequence of Axis, optional
+        ``coupled_axes(model)``, if known already: following the data of a convolutional network takes longer than slicing it.
+
+    Returns
+    -------
+    torch.nn.Module
+        Of the class of ``model``, on its device, in its mode (training or evaluation).
+
+    Raises
+    ------
+    InputError
+        When the part does not fit the axes, or the configuration class of the model cannot describe the result.
+    """
+    axes = coupled_axes(model) if axes is None else tuple(axes)
+    check_part(axes, part)
+    tensors = tensors_of(model)
+    pieces = slice_tensors(tensors, axes, part)
+    names = names_in_part(axes, part, tensors)
+    small = _copy_with(model, {name: pieces[names[name]] if name in names else tensor.new_empty(0) for name, tensor in tensors.items()})
+    for axis in axes:
+        if isinstance(axis, BlockAxis) and axis.name in part.units:
+            _leave_blocks_out(small, axis, part.units[axis.name])
+    _fit_layers(small)
+    _family(model).settle(small, axes, part)
+    return small
+
+
+def merge(model: Model, results: Iterable[tuple[Part, nn.Module]], *, axes: Sequence[Axis] | None = None, blend: float = 1.0) -> Model:
+    """The whole model with the parts put back: each coordinate becomes the mean over the parts that hold it, and keeps its value where none does.
+
+    ``merge(model, [(part, extract(model, part)), ...])`` is ``model``, to the bit.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The whole model, not changed.
+    results : iterable of (Part, torch.nn.Module)
+        Parts that have arrived, in any order; what is merged depends on their ``index``, not on the order.
+    axes : sequence of Axis, optional
+        ``coupled_axes(model)``, if known already.
+    blend : float, default=1.0
+        How far to go from the old value to the mean; below 1 for results that arrive late.
+    """
+    axes = coupled_axes(model) if axes is None else tuple(axes)
+    merged = merge_tensors(tensors_of(model), [(part, tensors_of(small)) for part, small in results], axes=axes, blend=blend)
+    return _copy_with(model, merged)
+
+
+def mask(model: Model, part: Part, *, axes: Sequence[Axis] | None = None) -> Model:
+    """A copy of the whole model in which everything that a part does not hold is switched off: the slow twin of ``extract``.
+
+    Layers that read missing units get zeros in their columns, and missing blocks get a branch that returns zero.
+    """
+    axes = coupled_axes(model) if axes is None else tuple(axes)
+    check_part(axes, part)
+    tensors = {name: tensor.detach().clone() for name, tensor in tensors_of(model).items()}
+    for axis in axes:
+        missing = sorted(set(range(axis.size)) - set(part.units.get(axis.name, range(axis.size))))
+        if isinstance(axis, BlockAxis):
+            for name in (name for unit in missing for name in axis.closers[unit]):
+                tensors[name].zero_()
+            continue
+        for member in axis.members:
+            if member.tensor in axis.readers:
+                for unit in missing:
+                    tensors[member.tensor].narrow(member.dim, unit * member.width, member.width).zero_()
+    return _copy_with(model, tensors)
+
+
+def scale_readers(model: Model, factors: Mapping[str, float], *, axes: Sequence[Axis]) -> Model:
+    """A copy in which the sum over the units of an axis is multiplied by a factor, folded into the layers that read them; biases are left alone.
+
+    With ``size / number kept`` for each axis, the mean over all subnetworks of one size of what such a layer adds is what it adds in the whole model.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        As a rule what `extract` made, without missing blocks.
+    factors : mapping of str to float
+        Axis name -> factor; axes that are not named: 1.
+    axes : sequence of Axis
+        Axes of the whole model.
+    """
+    check_part(axes, Part(dict.fromkeys(factors, (0,))))
+    readers = {reader: factors[axis.name] for axis in axes if not isinstance(axis, BlockAxis) and axis.name in factors for reader in axis.readers}
+    return _copy_with(model, {name: tensor.detach() * readers.get(name, 1.0) for name, tensor in tensors_of(model).items()})
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers by their names in ``model.state_dict()``; a tensor with several names is listed under the first."""
+    saved = model.state_dict(keep_vars=True)
+    names = [*dict(model.named_parameters()), *dict(model.named_buffers())]
+    return {name: saved[name] for name in names if name in saved}
+
+
+def slice_tensors(tensors: Mapping[str, Tensor], axes: Sequence[Axis], part: Part) -> dict[str, Tensor]:
+    """Pieces of a part, under their names in the extracted model. Works on any tensors that lie like the parameters, such as optimiser state."""
+    entries = sliced_entries(axes, part)
+    return {new: take(tensors[name], entries.get(name, {})) for name, new in names_in_part(axes, part, tensors).items()}
+
+
+def merge_tensors(
+    tensors: Mapping[str, Tensor], results: Iterable[tuple[Part, Mapping[str, Tensor]]], *, axes: Sequence[Axis], blend: float = 1.0
+) -> dict[str, Tensor]:
+    """`merge` for tensors by name; the inverse of `slice_tensors`. Works on any tensors that lie like the parameters.
+
+    Raises
+    ------
+    InputError
+        When a tensor of a result is missing or has another shape than its part.
+    """
+    if not 0 < blend <= 1:
+        raise InputError("blend-range", f"got blend={blend}, expected a number above 0 and at most 1. Pass 1 to take the mean of the parts as it is.")
+    pieces: dict[str, list[tuple[dict[int, Tensor], Tensor]]] = {name: [] for name in tensors}
+    for part, small in sorted(results, key=lambda result: result[0].index):
+        check_part(axes, part)
+        entries = sliced_entries(axes, part)
+        for name, new in names_in_part(axes, part, tensors).items():
+            expected = take_shape(tensors[name].shape, entries.get(name, {}))
+            if new not in small or tuple(small[new].shape) != expected:
+                got = f"of shape {tuple(small[new].shape)}" if new in small else "missing"
+                raise InputError("part-mismatch", f"got {new} of part {part.index} {got}, expected shape {expected}. Merge what `extract` made of this part.")
+            pieces[name].append((entries.get(name, {}), small[new]))
+    merged = {name: mean_over_holders(old, pieces[name]) for name, old in tensors.items()}
+    if blend != 1:
+        merged = {name: old.lerp(merged[name], blend) if old.is_floating_point() else merged[name] for name, old in tensors.items()}
+    return merged
+
+
+def _family(model: nn.Module) -> ModuleType:
+    families = [importlib.import_module(f"partwise.models.{name}") for name in FAMILIES]
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    for family in families:
+        if (model_type is None) == (not hasattr(family, "MODEL_TYPES")) and family.matches(model):
+            return family
+    inner = next((name for name in ("_orig_mod", "module") if hasattr(model, name)), None)
+    hint = f"Pass the model inside, model.{inner}." if inner else "Use one of them, or describe the family in a file of partwise/models."
+    raise InputError(
+        "unknown-model",
+        f"got a {type(model).__name__}{f' of type {model_type!r}' if model_type else ''}, expected one of: {'; '.join(family.NAME for family in families)}. "
+        f"{hint}",
+    )
+
+
+def _refuse_tied_members(model: nn.Module, axes: Sequence[Axis]) -> None:
+    """A tensor that is used in two places cannot be cut for one of them."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    members = {member.tensor for axis in axes if not isinstance(axis, BlockAxis) for member in axis.members}
+    blocks = tuple(f"{block}." for axis in axes if isinstance(axis, BlockAxis) for block in axis.blocks)
+    members |= {name for same in names.values() for name in same if name.startswith(blocks)}
+    for tied in names.values():
+        if len(tied) > 1 and members & set(tied):
+            raise InputError(
+                "unsupported-sharing",
+                f"{' and '.join(tied)} are one tensor, expected every tensor along an axis to be used in one place. Untie them, or choose other kinds of axes.",
+            )
+
+
+def _copy_with(model: Model, tensors: Mapping[str, Tensor]) -> Model:
+    """A copy of ``model`` with other tensors in the same places; tied ones stay tied. The old ones are never copied."""
+    from torch import nn
+
+    replaced: dict[int, Any] = {}
+    for name, old in tensors_of(model).items():
+        new = tensors[name].detach()
+        replaced[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+    return copy.deepcopy(model, replaced)
+
+
+def _leave_blocks_out(small: nn.Module, axis: BlockAxis, kept: Sequence[int]) -> None:
+    """Take absent blocks out of their section and number the others anew."""
+    section = small.get_submodule(axis.name)
+    names = {axis.blocks[unit] for unit in kept}
+    children = [module for name, module in zip(axis.children, section.children(), strict=True) if name in names or name not in axis.blocks]
+    section._modules.clear()
+    for position, module in enumerate(children):
+        section.add_module(str(position), module)
+
+
+def _fit_layers(small: nn.Module) -> None:
+    """Make the sizes that layers tell agree with their weights."""
+    from torch import nn
+
+    for module in small.modules():
+        if isinstance(module, nn.Linear):
+            module.out_features, module.in_features = module.weight.shape
+        elif isinstance(module, nn.Conv2d):
+            module.out_channels, module.in_channels = module.weight.shape[0], module.weight.shape[1] * module.groups
+        elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            entries = module.weight if module.affine else module.running_mean
+            module.num_features = module.num_features if entries is None else len(entries)
