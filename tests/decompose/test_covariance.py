@@ -94,6 +94,7 @@ def test_chunks_and_pieces_do_not_change_the_covariance(rows: int, features: int
         patch.setattr(_covariance, "PIECE_BYTES", 2 * 8 * features)
         patch.setattr(_covariance, "PIECE_ROWS", 1)
         patch.setattr(_sparse_covariance, "CHUNK_ENTRIES", 10)
+        patch.setattr(_sparse_covariance, "ENTRIES_PER_FEATURE", 0)
         for data in (X, sparse.csr_array(X)):
             covariance = covariance_of(data)
             assert_close(covariance.product(vectors), vectors @ reference(X), claim="small chunks")
@@ -114,6 +115,7 @@ def many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_moments, "FEWEST_ROWS", 16)
     monkeypatch.setattr(_covariance, "CHUNK_BYTES", 1)
     monkeypatch.setattr(_sparse_covariance, "CHUNK_ENTRIES", 100)
+    monkeypatch.setattr(_sparse_covariance, "ENTRIES_PER_FEATURE", 0)
 
 
 @pytest.mark.usefixtures("many_chunks")

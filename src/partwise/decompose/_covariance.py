@@ -29,7 +29,7 @@ __all__ = ["GRAM_LIMIT", "ChunkedCovariance", "Covariance", "GramCovariance", "c
 
 GRAM_LIMIT = 4096  # features; a formed covariance of this size takes 128 MiB
 CHUNK_BYTES = 1 << 23  # of rows in float64 that one thread takes at a time
-PIECE_BYTES = 1 << 20  # of rows in float64 that stay in the cache between the two halves of a product
+PIECE_BYTES = 1 << 19  # of rows in float64 that stay in the cache between the two halves of a product
 PIECE_ROWS = 16  # at least; with fewer the halves are no longer matrix products
 
 

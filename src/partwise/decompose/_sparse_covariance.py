@@ -27,6 +27,7 @@ __all__ = ["OperatorCovariance", "SparseCovariance", "operator_covariance", "spa
 
 NUM_CHUNKS = 32  # of a sparse matrix, at most: each has its own sum over the features until they are added
 CHUNK_ENTRIES = 1 << 17  # at least, in a chunk
+ENTRIES_PER_FEATURE = 8  # at least, in a chunk, or adding the sums would take as long as making them
 TRACE_LIMIT = 2048  # rows or features of an operator, up to which its total variance is computed and not estimated
 NUM_PROBES = 64  # random vectors of the estimate
 
@@ -105,7 +106,7 @@ class SparseCovariance:
     def _chunks(self) -> list[Any]:
         """Row blocks with about the same number of entries; views, and the same ones for any number of cores."""
         pointers = self.data.indptr
-        count = int(np.clip(self.data.nnz // CHUNK_ENTRIES, 1, min(NUM_CHUNKS, self.num_samples)))
+        count = int(np.clip(self.data.nnz // max(CHUNK_ENTRIES, ENTRIES_PER_FEATURE * self.num_features), 1, min(NUM_CHUNKS, self.num_samples)))
         cuts = np.searchsorted(pointers, np.linspace(0, self.data.nnz, count + 1)[1:-1])
         edges = np.unique(np.concatenate([[0], cuts, [self.num_samples]]))
         return [self._block(start, stop) for start, stop in pairwise(edges)]
