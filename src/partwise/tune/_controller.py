@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,6 +12,7 @@ from torch.optim.optimizer import Optimizer
 
 from partwise.checks import InputError, RunError
 from partwise.tune import _growth
+from partwise.tune._budget import Budget
 from partwise.tune._levels import deal_levels, make_masks
 from partwise.tune._prefix_linear import Masks
 from partwise.tune._rotation import rotate_components
@@ -56,6 +56,7 @@ class Controller:
 
     def __post_init__(self) -> None:
         self.rules = self.settings.rules()
+        self.budget = Budget(self.settings, self.slots)
         self._averages: _growth.ImportanceAverages | None = None
         self._lead: Slot | None = None
         self._batch = 0
@@ -116,38 +117,9 @@ class Controller:
 
     def seal(self) -> None:
         """Check the budget once all modules are known."""
-        if self._sealed or not self.slots:
-            return
-        self._sealed = True
-        settings, num_modules = self.settings, len(self.slots)
-        if settings.budget is None:
-            return
-        low, high = num_modules * settings.init_r, num_modules * settings.r
-        if not low <= settings.budget <= high:
-            raise InputError(
-                "budget-out-of-range",
-                f"budget={settings.budget} components cannot be dealt to {num_modules} modules of rank {settings.init_r} to {settings.r}: "
-                f"it must be between {low} and {high}. Change budget, or raise r.",
-            )
-
-    @property
-    def costs(self) -> list[int]:
-        """Price of one component of each module: 1 under ``budget``, its parameters under ``target_r``."""
-        return [slot.component_parameters if self.settings.budget is None else 1 for slot in self.slots]
-
-    @property
-    def budget(self) -> int:
-        """What all components together may cost; under ``target_r`` the parameters of a LoRA adapter of that rank."""
-        if self.settings.budget is not None:
-            return self.settings.budget
-        target = 2.0 if self.settings.target_r is None else self.settings.target_r
-        target = min(max(target, self.settings.init_r), self.settings.r)
-        return math.floor(target * sum(self.costs) + 1e-9)
-
-    @property
-    def remaining(self) -> int:
-        """Budget that is not spent yet."""
-        return self.budget - sum(slot.rank * cost for slot, cost in zip(self.slots, self.costs, strict=True))
+        if not self._sealed and self.slots:
+            self._sealed = True
+            self.budget.check()
 
     @property
     def orders_components(self) -> bool:
@@ -166,9 +138,7 @@ class Controller:
     @property
     def growth_is_over(self) -> bool:
         if self._growth_is_over is None:
-            remaining = self.remaining
-            affordable = (slot.rank < self.settings.r and cost <= remaining for slot, cost in zip(self.slots, self.costs, strict=True))
-            self._growth_is_over = not any(affordable)
+            self._growth_is_over = self.budget.is_spent
         return self._growth_is_over
 
     # ------------------------------------------------------------------ levels of samples
@@ -294,7 +264,7 @@ class Controller:
         self.seal()
         self._catch_up()
         self._forwards = 0
-        pace = self.pace
+        pace = self.budget.pace()
         scoring = not self.growth_is_over and self.stages is None
         if scoring and _growth.scoring_matters(self.step + 1, interval=pace.interval, warmup=pace.warmup):
             down, up = [slot.down.weight for slot in self.slots], [slot.up.weight for slot in self.slots]
@@ -320,7 +290,7 @@ class Controller:
         self._young = []
         for slot in self.slots:
             slot.put_back()
-        before, pace = self.phase(), self.pace
+        before, pace = self.phase(), self.budget.pace()
         self.step += 1
         self._forget_levels()
         if self.stages is not None:
@@ -350,17 +320,6 @@ class Controller:
             return 0 if self.stages is not None else pace.interval // 2
         return chosen
 
-    @property
-    def pace(self) -> _growth.Pace:
-        """When modules grow and how many at a time."""
-        settings, num_modules = self.settings, len(self.slots)
-        costs = self.costs
-        missing = math.ceil((self.budget - settings.init_r * sum(costs)) * num_modules / sum(costs) / settings.growth_step)
-        return _growth.pace(
-            missing, num_modules, total_steps=settings.total_steps,
-            interval=settings.growth_interval, warmup=settings.growth_warmup, modules=settings.growth_modules,
-        )  # fmt: skip
-
     # ------------------------------------------------------------------ growth
     @property
     def averages(self) -> _growth.ImportanceAverages:
@@ -378,7 +337,13 @@ class Controller:
         settings, ranks = self.settings, [slot.rank for slot in self.slots]
         scores = _growth.module_scores(self.averages.mean, self.averages.variability, ranks).tolist()  # one per module
         new = _growth.grown_ranks(
-            scores, ranks, self.costs, r=settings.r, remaining=self.remaining, num_modules=self.pace.modules, step=settings.growth_step
+            scores,
+            ranks,
+            self.budget.costs,
+            r=settings.r,
+            remaining=self.budget.remaining,
+            num_modules=self.budget.pace().modules,
+            step=settings.growth_step,
         )
         had_private = [self.has_private(slot) for slot in self.slots]
         for slot, rank, private in zip(self.slots, agree(new, self.slots[0].down.weight.device), had_private, strict=True):

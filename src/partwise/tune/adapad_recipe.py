@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING
 
+from partwise.tune._growing_recipe import GrowingRecipe
 from partwise.tune.adapad_settings import AdaPaDSettings
-from partwise.tune.recipe import Plan, Recipe
+from partwise.tune.recipe import Plan
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from torch import Tensor, nn
+    from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaPaD(Recipe):
+class AdaPaD(GrowingRecipe):
     """Rank-one parts that train in parallel; each module's rank grows from one until a shared budget is spent.
 
     Parameters
@@ -60,31 +60,3 @@ class AdaPaD(Recipe):
         adapted = get_peft_model(model, config)
         controller_of(adapted).seal()
         return adapted
-
-    def extra_state(self, model: PeftModel) -> dict[str, Tensor]:
-        """Ranks, scores, ages and the step, per module."""
-        from partwise.tune.adapad import controller_of
-
-        controller = controller_of(model)
-        return {slot.name: controller.slot_state(slot) for slot in controller.slots}
-
-    def load_extra_state(self, model: PeftModel, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what ``extra_state`` returned."""
-        from partwise.tune.adapad import controller_of
-
-        controller = controller_of(model)
-        for slot in controller.slots:
-            controller.load_slot_state(slot, tensors[slot.name])
-
-    def finish(self, model: PeftModel) -> PeftModel:
-        """A compact plain LoRA adapter in singular order."""
-        from partwise.tune.finished import finalize
-
-        finalize(model)
-        return model
-
-    def ranks(self, model: PeftModel) -> dict[str, int]:
-        """Active rank of each module, growing or finalised."""
-        from partwise.tune.finished import active_ranks
-
-        return active_ranks(model)

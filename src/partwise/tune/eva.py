@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from partwise.checks import InputError
-from partwise.tune.lora import ADAPTER, even_ranks, lora_ranks, modules_to_save, plain_config, scale_for
+from partwise.tune.lora import ADAPTER, even_config, lora_ranks, plain_config
 from partwise.tune.recipe import Plan, Recipe
 
 if TYPE_CHECKING:
@@ -40,16 +39,8 @@ class EVA(Recipe):
         """Install LoRA layers and let peft set their ranks and ``A`` from the calibration batches."""
         from peft import EvaConfig, get_peft_model, initialize_lora_eva_weights
 
-        ranks = even_ranks(model, self.target_modules, plan)
-        batches = list(plan.calibration())
-        eva = EvaConfig(rho=affordable_rho(self.rho, ranks=ranks.values(), batches=batches), tau=self.tau, use_label_mask=False)
-        config = plain_config(
-            ranks,
-            scale=scale_for(self.lora_alpha, ranks),
-            task_type=plan.task_type,
-            lora_dropout=self.lora_dropout,
-            modules_to_save=modules_to_save(model),
-        )
+        config, batches = even_config(self, model, plan), list(plan.calibration())
+        eva = EvaConfig(rho=affordable_rho(self.rho, top=config.r, batches=batches), tau=self.tau, use_label_mask=False)
         wrapped = get_peft_model(model, config)
         config.init_lora_weights, config.eva_config = "eva", eva  # said only now, so that peft does not warn about memory it cannot save here
         initialize_lora_eva_weights(wrapped, batches, prepare_layer_inputs_fn=real_tokens, show_progress_bar=False)
@@ -70,8 +61,8 @@ class EVA(Recipe):
         return lora_ranks(model)
 
 
-def affordable_rho(rho: float, *, ranks: Iterable[int], batches: list[dict[str, Tensor]]) -> float:
-    """``rho``, lowered where a batch has fewer rows than directions are asked for (a pooled layer sees one row per text).
+def affordable_rho(rho: float, *, top: int, batches: list[dict[str, Tensor]]) -> float:
+    """``rho`` for the largest rank ``top``, lowered where a batch has fewer rows than directions are asked for (a pooled layer sees one row per text).
 
     peft waits for ever on a layer that never sees enough rows.
 
@@ -80,7 +71,6 @@ def affordable_rho(rho: float, *, ranks: Iterable[int], batches: list[dict[str, 
     InputError
         When even the plain rank is above the number of rows of a batch.
     """
-    top = max(ranks)
     rows = min(batch["input_ids"].shape[0] for batch in batches)
     if rows < top:
         raise InputError(

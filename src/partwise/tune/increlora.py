@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from partwise.tune._growing_recipe import GrowingRecipe
 from partwise.tune.adapad_recipe import AdaPaD
 from partwise.tune.adapad_settings import AdaPaDSettings
-from partwise.tune.recipe import Plan, Recipe
+from partwise.tune.recipe import Plan
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from torch import Tensor, nn
+    from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True)
-class IncreLoRA(Recipe):
+class IncreLoRA(GrowingRecipe):
     """Ranks grow from one where importance is largest until the budget is spent; all components train jointly.
 
     The same growth as AdaPaD's, without its levels and without a rotation at the end, so that a comparison shows what those two do. Differences
@@ -68,21 +68,9 @@ class IncreLoRA(Recipe):
         """Install growing layers that all train on every sample."""
         return self.as_adapad().wrap(model, plan)
 
-    def extra_state(self, model: PeftModel) -> dict[str, Tensor]:
-        """Ranks, scores, ages and the step."""
-        return self.as_adapad().extra_state(model)
-
-    def load_extra_state(self, model: PeftModel, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what ``extra_state`` returned."""
-        self.as_adapad().load_extra_state(model, tensors)
-
     def finish(self, model: PeftModel) -> PeftModel:
         """A compact plain LoRA adapter, its components in the order they grew."""
         from partwise.tune.finished import finalize
 
         finalize(model, singular_order=False)
         return model
-
-    def ranks(self, model: PeftModel) -> dict[str, int]:
-        """Active rank of each module."""
-        return self.as_adapad().ranks(model)

@@ -36,15 +36,7 @@ class LoRA(Recipe):
         """Install LoRA layers whose ranks add up to the budget."""
         from peft import get_peft_model
 
-        ranks = even_ranks(model, self.target_modules, plan)
-        config = plain_config(
-            ranks,
-            scale=scale_for(self.lora_alpha, ranks),
-            task_type=plan.task_type,
-            lora_dropout=self.lora_dropout,
-            modules_to_save=modules_to_save(model),
-        )
-        return get_peft_model(model, config)
+        return get_peft_model(model, even_config(self, model, plan))
 
     def ranks(self, model: PeftModel) -> dict[str, int]:
         """Rank of each module."""
@@ -121,6 +113,18 @@ def even_ranks(model: nn.Module, target_modules: str, plan: Plan) -> dict[str, i
                 f"expected at most {min(shapes[name])}. Lower --budget or --target-r.",
             )
     return ranks
+
+
+def even_config(recipe: Recipe, model: nn.Module, plan: Plan) -> LoraConfig:
+    """Plain LoRA with the settings of a recipe and ranks as even as the budget allows."""
+    ranks = even_ranks(model, recipe.target_modules, plan)
+    return plain_config(
+        ranks,
+        scale=scale_for(recipe.lora_alpha, ranks),
+        task_type=plan.task_type,
+        lora_dropout=recipe.lora_dropout,
+        modules_to_save=modules_to_save(model),
+    )
 
 
 def plain_config(ranks: Mapping[str, int], *, scale: float, task_type: str, lora_dropout: float = 0.0, **extra: Any) -> LoraConfig:

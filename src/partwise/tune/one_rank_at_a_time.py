@@ -6,17 +6,18 @@ import bisect
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 from partwise.checks import InputError
 from partwise.linalg.compute_schedule import compute_schedule
-from partwise.tune.recipe import WARMUP_SHARE, Plan, Recipe
+from partwise.tune._growing_recipe import GrowingRecipe
+from partwise.tune.recipe import WARMUP_SHARE, Plan
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from torch import Tensor, nn
+    from torch import nn
 
     from partwise.tune._controller import Controller
     from partwise.tune.adapad import AdaPaDConfig
@@ -203,7 +204,7 @@ def evaluated(model: nn.Module, loss: Callable[[], float]) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OneRank(Recipe):
+class OneRank(GrowingRecipe):
     """Rank-one adapters trained one after the other, each frozen before the next begins.
 
     Parameters
@@ -288,38 +289,8 @@ class OneRank(Recipe):
         stages.losses.append(held_out_loss())
         if stages.gain() >= self.tol:
             return True
-        stages.stop(self._controller(model), num_kept=finished)
+        stages.stop(self.controller(model), num_kept=finished)
         return False
 
-    def extra_state(self, model: PeftModel) -> dict[str, Tensor]:
-        """Step, ages and held-out losses; the stage follows from the step."""
-        controller = self._controller(model)
-        return {slot.name: controller.slot_state(slot) for slot in controller.slots}
-
-    def load_extra_state(self, model: PeftModel, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what ``extra_state`` returned."""
-        controller = self._controller(model)
-        for slot in controller.slots:
-            controller.load_slot_state(slot, tensors[slot.name])
-
-    def finish(self, model: PeftModel) -> PeftModel:
-        """A compact plain LoRA adapter in singular order."""
-        from partwise.tune.finished import finalize
-
-        finalize(model)
-        return model
-
-    def ranks(self, model: PeftModel) -> dict[str, int]:
-        """Components so far, the one in training included."""
-        from partwise.tune.finished import active_ranks
-
-        return active_ranks(model)
-
-    @staticmethod
-    def _controller(model: PeftModel) -> Controller:
-        from partwise.tune.adapad import controller_of
-
-        return controller_of(model)
-
     def _stages(self, model: PeftModel) -> Stages:
-        return cast("Stages", self._controller(model).stages)
+        return cast("Stages", self.controller(model).stages)
