@@ -24,12 +24,12 @@ one JSON object.
 
 
 def commands() -> Iterator[list[str]]:
-    """Every command, and ``partwise tune`` once for each of its methods."""
+    """Every command, and those of a room once for each of its methods."""
+    from partwise.cli import rooms_with
+
     yield []
-    yield ["tune"]
-    for method in importlib.import_module("partwise.tune").METHODS:
-        yield ["tune", method]
-    yield ["tune", "truncate"]
+    for room in rooms_with("_command"):
+        yield from ([room, *words] for words in importlib.import_module(f"partwise.{room}._command").pages())
     yield from (["report"], ["list"], ["doctor"])
 
 
@@ -51,7 +51,8 @@ def page(existing: str) -> str:
         name = " ".join(["partwise", *command])
         text = f"```text\n{help_of(command)}```\n"
         # Methods share most flags, so their long texts are folded.
-        folded = f"<details><summary>all flags</summary>\n\n{text}\n</details>\n" if len(command) == 2 and command[1] != "truncate" else text
+        is_method = len(command) == 2 and command[1] in importlib.import_module(f"partwise.{command[0]}").METHODS
+        folded = f"<details><summary>all flags</summary>\n\n{text}\n</details>\n" if is_method else text
         sections.append(f"## {name}\n\n{folded}")
     text = HEAD + "\n".join(sections)
     return existing if words(existing) == words(text) else text

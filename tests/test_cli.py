@@ -8,13 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from partwise import __version__
+from partwise import ROOMS, __version__
 from partwise.cli import main, progress_bar
+from partwise.commands import Command
 from partwise.doctor import examine, look_at_disk, look_for
 from partwise.flags import flag_value, resume_command
 from partwise.runs import RunFolder
@@ -52,7 +54,7 @@ def test_help_teaches_the_commands(capsys: pytest.CaptureFixture[str]):
     whole = capsys.readouterr().out
     assert run() == 0
     assert capsys.readouterr().out == whole
-    for word in ("tune", "truncate", "report", "list", "doctor"):
+    for word in ("tune", "truncate", "decompose", "report", "list", "doctor"):
         assert word in whole
 
 
@@ -88,7 +90,10 @@ def test_help_of_a_method_explains_each_flag(method: str, capsys: pytest.Capture
     assert "References" not in said
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["tune", "--help"], ["tune", "adapad", "--help"], ["tune", "truncate", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["--version"], ["tune", "--help"], ["tune", "adapad", "--help"], ["tune", "truncate", "--help"], ["decompose", "--help"]],
+)
 def test_help_loads_nothing_heavy(arguments: list[str]):
     program = (
         f"import sys\nfrom partwise.cli import main\ntry:\n    main({arguments!r})\nexcept SystemExit:\n    pass\n"
@@ -106,7 +111,7 @@ def test_version(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["fly"], 2, "error[unknown-choice]: command='fly' is not known. Choose one of: tune, report, list, doctor."),
+        (["fly"], 2, "error[unknown-choice]: command='fly' is not known. Choose one of: tune, decompose, report, list, doctor."),
         (["tune", "loar"], 2, "error[unknown-choice]: method='loar' is not known. Choose one of: adapad"),
         (["tune", "lora", "--lrr", "1"], 2, "error[bad-flag]: Unrecognized options: --lrr, 1 Perhaps you meant: --lr"),
         (["tune", "lora", "--valid-fraction", "2"], 2, "error[bad-flag]: Error parsing data: valid_fraction=2.0 must be between 0 and 1"),
@@ -123,6 +128,16 @@ def test_version(capsys: pytest.CaptureFixture[str]):
         (["tune", "truncate", "/no/run", "--rank", "1"], 2, "error[bad-flag]"),
         (["tune", "truncate", "/no/run", "--rank", "1", "--out", "x"], 2, "error[run-not-found]"),
         (["list", "kitchen"], 2, "error[unknown-choice]: room='kitchen' is not known. Choose one of: tune, decompose."),
+        (["decompose", "flie"], 2, "error[unknown-choice]: method='flie' is not known. Choose one of: parallel-deflation-pca"),
+        (["decompose", "no/data.npy"], 2, "error[data-not-found]: there is no file 'no/data.npy'"),
+        (["decompose", "data.txt"], 2, "error[unknown-format]"),
+        (["decompose", "parallel-rank-one-regression"], 2, "error[needs-target]: parallel-rank-one-regression predicts a target y"),
+        (["decompose", "--solver", "fast"], 2, "error[bad-flag]: invalid choice 'fast' for argument '--solver'. Expected one of ('power', 'hebb'"),
+        (["decompose", "--n-components", "65"], 2, "error[too-many-components]: n_components=65 does not fit data of 1797 samples and 64 features"),
+        (["decompose", "--n-components", "4", "--num-workers", "5"], 2, "error[more-workers-than-parts]: got num_workers=5 for 4 parts"),
+        (["decompose", "hotelling-deflation-pca", "--engine", "ray"], 2, "error[one-part-at-a-time]: got engine='ray' for hotelling-deflation-pca"),
+        (["decompose", "--checkpoint-every", "0"], 2, "error[setting-out-of-range]: --checkpoint-every is 0"),
+        (["decompose", "--resume"], 2, "error[resume-without-out]"),
         (["report"], 2, "error[bad-flag]: got 0 arguments, expected one: the folder of a run"),
         (["report", "/no/run"], 2, "error[run-not-found]"),
     ],
@@ -278,6 +293,26 @@ def test_no_progress_bar_without_a_terminal(capsys: pytest.CaptureFixture[str]):
     with progress_bar(shown=True) as report:
         report("training", 1, 2, "loss 0.5")
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_room_plugs_in_by_its_own_files_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    kitchen = types.ModuleType("partwise.kitchen._command")
+    kitchen.USAGE, kitchen.EXAMPLES = (("kitchen SOUP", "cook"),), ("partwise kitchen leek",)  # type: ignore[attr-defined]
+    kitchen.pages = lambda: [[]]  # type: ignore[attr-defined]
+    kitchen.read = lambda words: Command(work=lambda report: {"soup": words[0]}, show=lambda made: [made["soup"]], json="--json" in words)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "partwise.kitchen._command", kitchen)
+    monkeypatch.setattr("partwise.cli.rooms_with", lambda module: ["kitchen"])
+    assert run("--help") == 0
+    assert "  kitchen SOUP           cook\n" in capsys.readouterr().out
+    assert run("kitchen", "leek") == 0
+    assert capsys.readouterr().out == "leek\n"
+    assert run("kitchen", "leek", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"soup": "leek"}
+
+
+def test_the_command_line_knows_no_room():
+    source = Path(sys.modules["partwise.cli"].__file__ or "").read_text()
+    assert not [room for room in ROOMS if room in source]
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ A room that has commands brings ``partwise/<room>/_command.py`` with
 
 * ``USAGE``: (command, what it does) pairs for ``partwise --help``,
 * ``EXAMPLES``: lines to start with,
+* ``pages()``: the commands that have a help page, each as its words after ``partwise <room>``,
 * ``read(arguments)``: the `Command` that the arguments after ``partwise <room>`` ask for, or the text of a help page.
 
 Light to import: whatever is heavy loads inside ``read``, or when the command does its work.

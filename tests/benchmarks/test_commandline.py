@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import commandline
+from partwise.decompose.job import methods_without_target
 from partwise.tune import METHODS
 
 
 def test_every_method_has_its_flags_on_the_page():
     page = commandline.page("")
-    for method in METHODS:
-        section = page.partition(f"\n## partwise tune {method}\n")[2].partition("\n## ")[0]
-        assert "--max-steps INT" in section, method
+    expected = {f"tune {method}": "--max-steps INT" for method in METHODS} | {f"decompose {method}": "--n-components" for method in methods_without_target()}
+    for command, flag in expected.items():
+        section = page.partition(f"\n## partwise {command}\n")[2].partition("\n## ")[0]
+        assert flag in section, command
     assert "\n## partwise doctor\n" in page
 
 

@@ -40,6 +40,13 @@ All flags of a method, with their defaults: partwise decompose METHOD --help
 """
 
 
+def pages() -> list[list[str]]:
+    """The commands that have a help page, as words after ``partwise decompose``."""
+    from partwise.decompose.job import methods_without_target
+
+    return [[], *([method] for method in methods_without_target())]
+
+
 def read(arguments: list[str]) -> Command | str:
     """The command that ``partwise decompose ARGUMENTS`` asks for, or a help text."""
     if arguments and arguments[0] in {"-h", "--help"}:
@@ -91,11 +98,11 @@ def place_of(flags: Any) -> Place:
 def help_text() -> str:
     """Help of ``partwise decompose``: the methods, as the index of the room has them, and examples. Loads no method, since that takes a second."""
     from partwise import decompose
-    from partwise.decompose.job import methods_without_target
+    from partwise.decompose.job import PARALLEL, methods_without_target
 
     names = methods_without_target()
     width = max(map(len, names), default=0) + 2
     index = dict(line.strip("- ").replace("`", "").split(" - ", 1) for line in (decompose.__doc__ or "").splitlines() if line.startswith("- ``"))
     methods = "\n".join(f"  {name:<{width}}{index[name].rpartition(' - ')[0]}" for name in names)
     others = " and ".join(name for name in decompose.METHODS if name not in names)
-    return HELP.format(default="parallel-deflation-pca", methods=methods, others=others)
+    return HELP.format(default=PARALLEL, methods=methods, others=others)

@@ -26,6 +26,7 @@ from partwise.figures import (
 )
 
 MANY_DECADES = 100.0  # eigenvalues that differ by more than this factor go on a logarithmic axis
+LEAST = 1e-17  # of what is drawn on a logarithmic axis, which has no place for 0
 MOST_POINTS = 1500
 MOST_ROUNDS = 300
 
@@ -64,7 +65,9 @@ def scree(values: Sequence[float], intervals: Sequence[tuple[float, float]], sha
     below.set(title="share of the variance, added up (%)", ylim=(0, 108), xlim=(0.4, len(values) + 0.6))
     _logarithmic(widths)
     off = [max(high - value, value - low) / (values[0] or 1) for value, (low, high) in zip(values, intervals, strict=True)]
-    widths.plot(numbers, [max(width, 1e-17) for width in off], color=VERMILLION, linestyle="none", marker="o", markeredgecolor=PAPER)
+    off = [max(width, LEAST) for width in off]
+    widths.set_ylim(10 ** math.floor(math.log10(min(off)) - 0.2), 10 ** math.ceil(math.log10(max(off)) + 0.2))  # at least one whole decade
+    widths.plot(numbers, off, color=VERMILLION, linestyle="none", marker="o", markeredgecolor=PAPER)
     widths.set(title="off by at most, as a share of the largest eigenvalue", xlabel="component")
     widths.set_xticks(_ticks(len(values)))
     for axis in (above, below, widths):
@@ -73,7 +76,7 @@ def scree(values: Sequence[float], intervals: Sequence[tuple[float, float]], sha
 
 
 @styled
-def convergence(rounds: Trace, *, tol: float | None) -> str:
+def convergence(rounds: Trace, *, tol: float | None, unit: str = "round") -> str:
     """How far each component is from an eigenvector, round after round, on a logarithmic axis.
 
     Parameters
@@ -82,35 +85,39 @@ def convergence(rounds: Trace, *, tol: float | None) -> str:
         Residuals relative to the largest eigenvalue, one for each component; None where it has not been published.
     tol : float, optional
         Drawn as a line.
+    unit : str
+        What the horizontal axis counts.
     """
     figure = new_figure(WIDTH, 330)
     axis = figure.subplots()
     _logarithmic(axis)
     for index, points in enumerate(_traces(rounds)):
-        shown = [(step, max(value, 1e-17)) for step, value in points]
+        shown = [(step, max(value, LEAST)) for step, value in points]
         axis.plot(*zip(*shown, strict=True), **_look(index, len(rounds[-1][1]), len(shown)))
     if tol:
         axis.axhline(tol, color=MUTED, linestyle=":", linewidth=1.2, label=f"tolerance {tol:g}")
-    axis.set(xlabel="round", ylabel="residual / largest eigenvalue")
+    axis.set(xlabel=unit, ylabel="residual / largest eigenvalue")
     axis.margins(x=0.015)
     legend_above(axis, columns=5)
     return to_svg(figure, "residual of each component against rounds, on a logarithmic axis")
 
 
 @styled
-def estimates(rounds: Trace) -> str:
+def estimates(rounds: Trace, *, unit: str = "round") -> str:
     """The estimate of each eigenvalue, round after round: what there is to see where vectors are learned from batches.
 
     Parameters
     ----------
     rounds : sequence of (round, values)
         One value for each component; None where it has not been published.
+    unit : str
+        What the horizontal axis counts.
     """
     figure = new_figure(WIDTH, 330)
     axis = figure.subplots()
     for index, points in enumerate(_traces(rounds)):
         axis.plot(*zip(*points, strict=True), **_look(index, len(rounds[-1][1]), len(points)))
-    axis.set(xlabel="round", ylabel="estimated eigenvalue", ylim=(0, None))
+    axis.set(xlabel=unit, ylabel="estimated eigenvalue", ylim=(0, None))
     axis.margins(x=0.015)
     legend_above(axis, columns=5)
     return to_svg(figure, "estimated eigenvalue of each component against rounds")
@@ -140,25 +147,26 @@ def scores(points: Sequence[tuple[float, float]], *, labels: tuple[str, str]) ->
 
 
 @styled
-def traffic(rounds: Sequence[tuple[int, int, int]]) -> str:
+def traffic(rounds: Sequence[tuple[int, int, int]], *, unit: str = "round") -> str:
     """Bytes sent to the workers and back, round after round.
 
     Parameters
     ----------
     rounds : sequence of (round, bytes down, bytes up)
         Summed over workers.
+    unit : str
+        What the horizontal axis counts.
     """
     figure = new_figure(WIDTH, 240)
     axis = figure.subplots()
     thin = rounds[:: max(1, math.ceil(len(rounds) / MOST_ROUNDS))]
     steps = [step for step, _, _ in thin]
-    unit, divisor = next(
-        ((unit, size) for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if max(max(down, up) for _, down, up in thin) >= size), ("bytes", 1.0)
-    )
+    most = max(max(down, up) for _, down, up in thin)
+    size, divisor = next(((name, size) for name, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if most >= size), ("bytes", 1.0))
     marker = {"marker": "o", "markeredgecolor": PAPER} if len(thin) == 1 else {}
     axis.plot(steps, [down / divisor for _, down, _ in thin], color=GREEN, label="to the workers", **marker)
     axis.plot(steps, [up / divisor for _, _, up in thin], color=ORANGE, linestyle="--", label="back", **marker)
-    axis.set(xlabel="round", ylabel=f"{unit} in a round", ylim=(0, None))
+    axis.set(xlabel=unit, ylabel=f"{size} in a {unit}", ylim=(0, None))
     axis.margins(x=0.015)
     legend_above(axis, columns=2)
     return to_svg(figure, "bytes sent to the workers and back, against rounds")

@@ -13,11 +13,10 @@ from typing import Any, Literal, get_type_hints
 from tyro.conf import Positional
 
 from partwise.decompose import METHODS
-from partwise.decompose.job import estimator_class
+from partwise.decompose.job import PARALLEL, estimator_class
 from partwise.flags import RunFlags, check_same_method, description, first_line, flag_value, read_config, read_flags, stored_settings
 from partwise.runs import RunFolder
 
-DEFAULT_METHOD = "parallel-deflation-pca"
 NUM_COMPONENTS = 10
 OWN_FLAGS = {"engine", "num_workers", "random_state"}  # of the estimator, which the command has under other names or in another group
 
@@ -115,7 +114,7 @@ def read_decompose_flags(arguments: list[str]) -> tuple[str, Any]:
     config = read_config(flag_value(rest, "--config"))
     stored = stored_run(flag_value(rest, "--out")) if "--resume" in rest else {}
     named = config.pop("method", None)
-    name = given or named or stored.get("method") or DEFAULT_METHOD
+    name = given or named or stored.get("method") or PARALLEL
     estimator = estimator_class(name)
     check_same_method(name, stored)
     if "file" in config:  # FILE is no flag

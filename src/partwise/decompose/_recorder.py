@@ -14,6 +14,7 @@ import torch
 from partwise.checkpoint import load_checkpoint, save_checkpoint
 from partwise.checks import RunError
 from partwise.decompose._eigen_rounds import Eigenpairs
+from partwise.decompose.job import num_parts
 
 if TYPE_CHECKING:
     from partwise.decompose.job import Job
@@ -45,6 +46,7 @@ class Recorder:
     state: Eigenpairs | None = None
     seconds: float = 0.0
     counts: dict[str, int] = field(default_factory=lambda: dict(NOTHING_SENT))  # of earlier processes
+    was_resumed: bool = False
     _seen: int = 0
     _unanswered: list[int] = field(default_factory=list)
     _last: float = field(default_factory=time.perf_counter)
@@ -63,6 +65,7 @@ class Recorder:
                 f"Delete {self.run.checkpoints} to start the rounds again.",
             )
         self.run.rewind(state.num_rounds)
+        self.was_resumed = True
         self.state, self.seconds, self.counts = state, float(kept["seconds"]), NOTHING_SENT | kept["counts"]
         self._last = time.perf_counter()
         return state
@@ -78,8 +81,8 @@ class Recorder:
             row["traffic"] = sent
         self.run.append_metrics(row)
         worst = worst_residual(state)
-        goal = getattr(self.job.estimator, "tol", 0.0)
-        self.job.report("rounds", state.num_rounds, self._num_rounds(), "" if worst is None else f"residual {worst:.1e}, goal {goal:.0e}")
+        goal = "on batches" if getattr(self.job.estimator, "batch_size", None) is not None else f"goal {self.job.estimator.tol:.0e}"
+        self.job.report("rounds", state.num_rounds, self._num_rounds(), "" if worst is None else f"residual {worst:.1e}, {goal}")
         if self.stop.is_set() or state.num_rounds % self.job.checkpoint_every == 0:
             self.save()
         if self.stop.is_set():
@@ -96,9 +99,14 @@ class Recorder:
         """What the engines of all processes counted for this run."""
         return {name: self.counts[name] + getattr(self.traffic, name, 0) for name in COUNTS}
 
+    @property
+    def _is_async(self) -> bool:
+        return getattr(self.job.estimator, "mode", "sync") == "async"
+
     def _num_rounds(self) -> int:
-        """Where the progress bar ends."""
-        return max(int(getattr(self.job.estimator, "num_rounds", 0)), self.state.num_rounds if self.state else 0)
+        """Where the progress bar ends: at so many rounds, or publications where nobody waits for a round to end."""
+        num_rounds = int(getattr(self.job.estimator, "num_rounds", 0)) * (num_parts(self.job.estimator) if self._is_async else 1)
+        return max(num_rounds, self.state.num_rounds if self.state else 0)
 
     def _new_traffic(self) -> list[TrafficRow]:
         """Messages of this round. Those that are under way in an asynchronous run are counted once their answer is there."""
@@ -107,8 +115,7 @@ class Recorder:
         rows = self.traffic.rows
         waiting = [*self._unanswered, *range(self._seen, len(rows))]
         self._seen = len(rows)
-        is_async = getattr(self.job.estimator, "mode", "sync") == "async"
-        self._unanswered = [index for index in waiting if is_async and not rows[index].bytes_up]
+        self._unanswered = [index for index in waiting if self._is_async and not rows[index].bytes_up]
         return [rows[index] for index in waiting if index not in self._unanswered]
 
 

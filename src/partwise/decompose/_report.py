@@ -34,14 +34,16 @@ def describe(record: RunRecord) -> Content:
     """The content of the page; a section appears when its data exists."""
     summary = record.summary
     rounds = [row for row in record.metrics if row.get("kind") == "round"]
+    settings = record.header.get("settings", {})
+    unit = "publication" if settings.get("mode") == "async" else "round"
     sections = [
         _eigenvalue_section(summary),
-        _convergence_section(rounds, tol=record.header.get("settings", {}).get("tol")),
+        _convergence_section(rounds, settings, unit=unit),
         _score_section(record.run.result / "scores.csv", summary),
-        _traffic_section(rounds, summary.get("traffic") or {}),
+        _traffic_section(rounds, summary.get("traffic") or {}, unit=unit),
         ledger_section(Ledger.from_json(summary.get("ledger") or []), place="place"),
     ]
-    return Content(verdict=_verdict(summary, rounds), cards=_cards(summary), sections=sections, unit="round")
+    return Content(verdict=_verdict(summary, rounds), cards=_cards(summary), sections=sections, unit=unit)
 
 
 def verdict_of(summary: Mapping[str, Any]) -> str:
@@ -65,7 +67,7 @@ def verdict_of(summary: Mapping[str, Any]) -> str:
 def _verdict(summary: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]) -> str:
     if summary.get("components"):
         return verdict_of(summary)
-    return f"The run is not finished; it has done {len(rounds)} rounds." if rounds else ""
+    return "The run is not finished." if rounds else ""
 
 
 def _cards(summary: Mapping[str, Any]) -> list[Card]:
@@ -101,16 +103,22 @@ def _eigenvalue_section(summary: Mapping[str, Any]) -> Section | None:
     return Section("eigenvalues", "Eigenvalues", lead, markup(figure), caption, [grid])
 
 
-def _convergence_section(rounds: Sequence[Mapping[str, Any]], *, tol: float | None) -> Section | None:
+def _convergence_section(rounds: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], *, unit: str) -> Section | None:
+    if settings.get("batch_size") is not None:
+        return _estimate_section(rounds, unit=unit)
     traces = [(row["step"], _relative(row.get("residuals") or [], row.get("values") or [])) for row in rounds]
     if any(value is not None for _, trace in traces for value in trace):
         lead = "A component can settle only after those in front of it: lines come down one after the other."
         caption = "The stronger the colour, the further in front the component." if len(traces[-1][1]) > len(LINES) else ""
-        return Section("convergence", "Convergence", lead, markup(figures.convergence(traces, tol=tol)), caption)
+        return Section("convergence", "Convergence", lead, markup(figures.convergence(traces, tol=settings.get("tol"), unit=unit)), caption)
+    return None
+
+
+def _estimate_section(rounds: Sequence[Mapping[str, Any]], *, unit: str) -> Section | None:
     values = [(row["step"], [value or None for value in row.get("values") or []]) for row in rounds]
     if any(value is not None for _, trace in values for value in trace):
-        lead = "Vectors were learned from batches, which give no residual on the way: this is what every round took the eigenvalues to be."
-        return Section("convergence", "Convergence", lead, markup(figures.estimates(values)))
+        lead = f"Vectors were learned from batches, which cannot tell how far they are from the goal: this is what every {unit} took the eigenvalues to be."
+        return Section("convergence", "Convergence", lead, markup(figures.estimates(values, unit=unit)))
     return None
 
 
@@ -134,7 +142,7 @@ def _score_section(path: Path, summary: Mapping[str, Any]) -> Section | None:
     return Section("scores", "First two components", shown, markup(figures.scores(points, labels=(first, second))))
 
 
-def _traffic_section(rounds: Sequence[Mapping[str, Any]], totals: Mapping[str, Any]) -> Section | None:
+def _traffic_section(rounds: Sequence[Mapping[str, Any]], totals: Mapping[str, Any], *, unit: str) -> Section | None:
     sent = [(row["step"], row["traffic"]) for row in rounds if row.get("traffic")]
     if not sent:
         return None
@@ -150,14 +158,14 @@ def _traffic_section(rounds: Sequence[Mapping[str, Any]], totals: Mapping[str, A
     tables = [
         Grid("Bytes by worker.", columns, [Group("", cells)], ("total", *(f"{number:,}" for number in whole))),
         Grid(
-            "Bytes by round, all workers together.",
-            (Column("round", numeric=False), Column("bytes sent to them"), Column("bytes sent back")),
+            f"Bytes by {unit}, all workers together.",
+            (Column(unit, numeric=False), Column("bytes sent to them"), Column("bytes sent back")),
             [Group("", [[str(step), f"{down:,}", f"{up:,}"] for step, down, up in per_round])],
-            fold=f"Show all {len(per_round)} rounds",
+            fold=f"Show all {len(per_round)} {unit}s",
         ),
     ]
     faults = [[name, str(totals[name])] for name in FAULTS if totals.get(name)]
     if faults:
         tables.append(Grid("Results that did not come as they should.", (Column("what", numeric=False), Column("how often")), [Group("", faults)]))
-    lead = f"{format_bytes(whole[1])} to the workers and {format_bytes(whole[2])} back, in {len(per_round)} rounds."
-    return Section("traffic", "Traffic", lead, markup(figures.traffic(per_round)), tables=tables)
+    lead = f"{format_bytes(whole[1])} to the workers and {format_bytes(whole[2])} back, in {len(per_round)} {unit}s."
+    return Section("traffic", "Traffic", lead, markup(figures.traffic(per_round, unit=unit)), tables=tables)

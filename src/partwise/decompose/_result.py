@@ -13,7 +13,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from partwise import report
-from partwise.checkpoint import write_folder
+from partwise.checkpoint import to_json_line, write_folder
 from partwise.decompose._report import describe
 from partwise.decompose.job import num_parts
 from partwise.ledger import Ledger, Part
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from partwise.decompose._recorder import Recorder
     from partwise.decompose.job import Job
     from partwise.ledger import Status
+    from partwise.rounds import Schedule
     from partwise.runs import RunFolder
 
 MAX_SCORES = 5000  # rows of scores.csv
@@ -53,7 +54,8 @@ def finish_run(
     """
     job.report("writing", 0, 1, "")
     estimator = job.estimator
-    write_result(run.result, estimator, covariance, columns=job.data.columns)
+    schedule = None if recorder.was_resumed else getattr(estimator, "schedule_", None)  # of a resumed run only the end is known
+    write_result(run.result, estimator, covariance, columns=job.data.columns, schedule=schedule)
     rows = component_rows(estimator)
     test = estimator.missed_value_test_
     summary = {
@@ -118,8 +120,10 @@ def build_ledger(job: Job, recorder: Recorder, covariance: Covariance, *, num_wo
     return Ledger(tuple(parts))
 
 
-def write_result(folder: Path, estimator: EigenEstimator, covariance: Covariance, *, columns: Sequence[str] | None) -> None:
-    """Write ``components.safetensors``, ``components.csv``, ``eigenvalues.csv`` and ``scores.csv``; the folder appears whole or not at all."""
+def write_result(
+    folder: Path, estimator: EigenEstimator, covariance: Covariance, *, columns: Sequence[str] | None, schedule: Schedule | None
+) -> None:
+    """Write ``components.safetensors``, three tables, and the ``schedule.json`` of an asynchronous run; the folder appears whole or not at all."""
     arrays = {
         "components": estimator.components_,
         "mean": estimator.mean_,
@@ -138,6 +142,8 @@ def write_result(folder: Path, estimator: EigenEstimator, covariance: Covariance
             ([feature, *numbers] for feature, numbers in zip(features, np.column_stack([estimator.mean_, estimator.components_.T]), strict=True)),
         )
         write_csv(inside / "eigenvalues.csv", list(rows[0]), (list(row.values()) for row in rows))
+        if schedule is not None:
+            (inside / "schedule.json").write_bytes(to_json_line(schedule.to_json()))
         chosen, scores = first_scores(estimator, covariance)
         write_csv(inside / "scores.csv", ["row", *names[:2]], ([int(row), *numbers] for row, numbers in zip(chosen, scores, strict=True)))
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+PARALLEL = "parallel-deflation-pca"
 DIGITS = "scikit-learn's digits"
 LIBRARIES = ("numpy", "scipy", "scikit-learn", "safetensors")
 
@@ -138,6 +139,7 @@ def decompose(
     estimator = estimator_class(method)(**settings, random_state=seed)
     check_at_least(estimator.n_components, 1, name="n_components")
     estimator._check_settings()
+    check_place_fits(method, estimator, place)
     report("reading data", 0, 1, "")
     job = Job(
         name=method,
@@ -182,13 +184,15 @@ def work(job: Job, open_run: Callable[[], RunFolder]) -> dict[str, Any]:
     opened = open_engine(place.engine, num_workers=place.num_workers, num_parts=num_parts(estimator), address=place.address, seed=job.seed)
     with opened as engine:
         covariance = covariance_of(job.data.rows)
+        estimator._check_fit_of(covariance)
         run = open_run()
         run.set_status("running")
         try:
             with stop_flag() as stop, plain_warnings() as said:
                 recorder = Recorder(job, run, stop, traffic=getattr(engine, "traffic", None))
                 first = recorder.restore(latest_checkpoint(run.checkpoints))
-                estimator.set_params(engine=engine)
+                if "engine" in estimator.get_params(deep=False):
+                    estimator.set_params(engine=engine)
                 estimator.fit_from(covariance, start=first, progress=recorder)
             return finish_run(job, run, covariance, recorder, said=said, num_workers=getattr(engine, "num_workers", None))
         except KeyboardInterrupt:
@@ -243,6 +247,16 @@ def num_parts(estimator: EigenEstimator) -> int:
         return 1
     count: int = estimator.round_method(None, 0).num_parts(estimator.n_components)
     return count
+
+
+def check_place_fits(name: str, estimator: EigenEstimator, place: Place) -> None:
+    """Refuse workers for a method that has nothing to give them."""
+    if "engine" not in estimator.get_params(deep=False) and place != Place():
+        given = ", ".join(f"{field}={value!r}" for field, value in vars(place).items() if value is not None)
+        raise InputError(
+            "one-part-at-a-time",
+            f"got {given} for {name}, expected no workers: it finishes one component before it begins the next. Leave them out, or choose {PARALLEL}.",
+        )
 
 
 def read_matrix(path: Path | None, *, key: str | None) -> Matrix:

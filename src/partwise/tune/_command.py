@@ -44,6 +44,13 @@ All flags of a method, with their defaults: partwise tune METHOD --help
 """
 
 
+def pages() -> list[list[str]]:
+    """The commands that have a help page, as words after ``partwise tune``."""
+    from partwise.tune import METHODS
+
+    return [[], *([method] for method in METHODS), ["truncate"]]
+
+
 def read(arguments: list[str]) -> Command | str:
     """The command that ``partwise tune ARGUMENTS`` asks for, or a help text."""
     if arguments and arguments[0] in {"-h", "--help"}:
