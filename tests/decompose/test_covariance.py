@@ -93,6 +93,7 @@ def test_chunks_and_pieces_do_not_change_the_covariance(rows: int, features: int
         patch.setattr(_covariance, "CHUNK_BYTES", 7 * 8 * features)
         patch.setattr(_covariance, "PIECE_BYTES", 2 * 8 * features)
         patch.setattr(_covariance, "PIECE_ROWS", 1)
+        patch.setattr(_covariance, "BLOCK_BYTES", 9 * 8 * features)
         patch.setattr(_sparse_covariance, "CHUNK_ENTRIES", 10)
         patch.setattr(_sparse_covariance, "ENTRIES_PER_FEATURE", 0)
         for data in (X, sparse.csr_array(X)):
@@ -114,6 +115,7 @@ def many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_moments, "CHUNK_BYTES", 1)
     monkeypatch.setattr(_moments, "FEWEST_ROWS", 16)
     monkeypatch.setattr(_covariance, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(_covariance, "BLOCK_BYTES", 1)
     monkeypatch.setattr(_sparse_covariance, "CHUNK_ENTRIES", 100)
     monkeypatch.setattr(_sparse_covariance, "ENTRIES_PER_FEATURE", 0)
 

@@ -23,12 +23,13 @@ from partwise.checks import InputError
 from partwise.decompose._in_order import map_in_order
 from partwise.decompose._moments import gather_moments
 from partwise.decompose._readers import RowSource, rows_of
-from partwise.linalg.products import tiled_product
+from partwise.linalg.products import TILE, tiled_product
 
 __all__ = ["GRAM_LIMIT", "ChunkedCovariance", "Covariance", "GramCovariance", "covariance_of"]
 
 GRAM_LIMIT = 4096  # features; a formed covariance of this size takes 128 MiB
 CHUNK_BYTES = 1 << 23  # of rows in float64 that one thread takes at a time
+BLOCK_BYTES = 1 << 23  # of a formed covariance that one thread takes at a time
 PIECE_BYTES = 1 << 19  # of rows in float64 that stay in the cache between the two halves of a product
 PIECE_ROWS = 16  # at least; with fewer the halves are no longer matrix products
 
@@ -48,7 +49,7 @@ class Covariance(Protocol):
         Trace of the covariance.
     rounding : float
         How far, as a spectral norm, the covariance behind ``product`` may be from that of the data beyond rounding in float64. Above 0 only where large
-        float32 data were multiplied in float32, or where a trace had to be estimated; add it to intervals that shall be guaranteed.
+        float32 data were multiplied in float32; add it to intervals that shall be guaranteed.
     """
 
     @property
@@ -123,12 +124,18 @@ class GramCovariance:
 
     def product(self, vectors: NDArray[Any]) -> NDArray[Any]:
         """Rows times the covariance: (k, features) -> (k, features)."""
-        return tiled_product(vectors, self.matrix)
+        parts = map_in_order(lambda block: tiled_product(vectors, self.matrix[:, block]), self._blocks())
+        return np.concatenate(list(parts), axis=1)
 
     def apply(self, vector: NDArray[Any]) -> NDArray[Any]:
         """The covariance times one vector: (features,) -> (features,)."""
-        result: NDArray[Any] = self.matrix @ vector
-        return result
+        parts = map_in_order(lambda block: self.matrix[block] @ vector, self._blocks())
+        return np.concatenate(list(parts))
+
+    def _blocks(self) -> list[slice]:
+        """Blocks of features that are worth a thread each."""
+        size = max(TILE, BLOCK_BYTES // (8 * self.num_features))
+        return [slice(start, start + size) for start in range(0, self.num_features, size)]
 
     def rows(self, indices: NDArray[Any]) -> NDArray[Any]:
         """Centred dense rows of the data, (b, features)."""

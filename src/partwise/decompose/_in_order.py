@@ -39,7 +39,7 @@ def map_in_order(function: Callable[[Piece], Result], pieces: Iterable[Piece], *
         What one piece and its result take, and what all that are under way may take.
     """
     threads = num_threads()
-    if threads == 1:
+    if threads == 1 or (isinstance(pieces, list) and len(pieces) == 1):
         yield from map(function, pieces)
         return
     window = max(2, min(threads + 2, limit_bytes // max(1, bytes_each)))
