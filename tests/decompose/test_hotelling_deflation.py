@@ -133,6 +133,15 @@ def test_a_second_component_below_rounding_is_not_resolvable(top1: str) -> None:
     assert model.n_components_ == len(model.components_) == len(model.error_bounds_) == 1
 
 
+@pytest.mark.parametrize("top1", ["power", "lanczos"])
+@pytest.mark.parametrize("size", [4, 60])
+def test_copies_of_one_column_are_one_direction(size: int, top1: str) -> None:
+    X = np.random.default_rng(0).normal(size=(100, 1)) * np.ones(size)
+    with pytest.warns(UserWarning, match="Component 2 is not resolvable"):
+        model = HotellingDeflationPCA(3, top1=top1, random_state=0).fit(X)
+    np.testing.assert_allclose(model.components_, np.full((1, size), size**-0.5))
+
+
 def test_a_run_continues_from_a_state_with_the_same_bits() -> None:
     X, _ = data_with(SPECTRUM)
     covariance, states = covariance_of(X), {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse.linalg import ArpackError
 
 from partwise.checks import InputError, check_at_least, check_choice
 from partwise.decompose._eigen_estimator import Progress, Solved
@@ -90,16 +92,19 @@ class SequentialDeflation(ParallelDeflation):
     def _search(self, part: EigenPart) -> EigenResult:
         ahead = Ahead(part.ahead_vectors, part.ahead_values)
         taken = (part.round_number - 1) * self._steps_per_round
-        vector = part.vectors[0]
+        vector, last = part.vectors[0], True
+        left = ahead.taken_from(self.covariance.product(vector[None])[0], vector)  # S_k v, (d,)
         if self.solver == "lanczos":
             from partwise.decompose._eigen_lanczos import solve_block  # late: scipy's solvers are needed here only
 
-            vector, last = solve_block(self.covariance, part, tol=self.tol, seed=self.seed).vectors[0], True
+            with contextlib.suppress(ArpackError):  # it refuses a matrix of zeros, for which any vector is as good as the start
+                vector = solve_block(self.covariance, part, tol=self.tol, seed=self.seed).vectors[0]
             left = ahead.taken_from(self.covariance.product(vector[None])[0], vector)
         else:
             mover, num_steps = Mover("power", 1.0, part.scale), min(self._steps_per_round, self.steps[part.index] - taken)
-            left = ahead.taken_from(self.covariance.product(vector[None])[0], vector)  # S_k v, (d,)
             for _ in range(num_steps):
+                if not left.any():  # nothing is left over
+                    break
                 vector = mover.move(vector, left)
                 left = ahead.taken_from(self.covariance.product(vector[None])[0], vector)
             last = taken + num_steps >= self.steps[part.index]
