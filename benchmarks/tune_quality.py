@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import rows
-from partwise.checkpoint import read_json
+from partwise.atomic_files import read_json
 from partwise.tune._data import DataSettings, read_task_data
 from partwise.tune.adalora import AdaLoRA
 from partwise.tune.adapad_recipe import AdaPaD

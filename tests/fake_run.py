@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from partwise.checkpoint import write_json
+from partwise.atomic_files import write_json
 from partwise.ledger import Ledger, Part
 from partwise.runs import RunFolder
 

@@ -18,17 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
 from partwise import checkpoint
-from partwise.checkpoint import (
-    clear_leftovers,
-    latest_checkpoint,
-    load_checkpoint,
-    read_json,
-    refuse_pickles,
-    save_checkpoint,
-    write_atomic,
-    write_folder,
-    write_json,
-)
+from partwise.atomic_files import clear_leftovers, read_json, refuse_pickles, write_atomic, write_folder, write_json
+from partwise.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from partwise.checks import InputError, RunError
 from tolerances import assert_close
 

@@ -26,7 +26,7 @@ ROOMS = {"tune", "train", "prune", "serve", "federate", "decompose", "solve", "m
 LAYERS: tuple[set[str], ...] = (
     {"partwise"},  # the version and the names of the rooms
     {"checks"},
-    {"linalg"},
+    {"linalg", "atomic_files"},
     {"engine"},
     {"rounds", "selection", "models", "checkpoint", "ledger"},
     {"runs", "figures", "commands"},

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from fake_run import bert_names, llama_names, make_run
-from partwise.checkpoint import read_json, write_json
+from partwise.atomic_files import read_json, write_json
 from partwise.checks import InputError, MissingExtra, RunError
 from partwise.figures import part_map, thinned
 from partwise.ledger import Ledger, Part

@@ -209,6 +209,6 @@ def progress_bar(*, shown: bool) -> Iterator[Report]:
 
 def print_json(value: dict[str, Any]) -> None:
     """One JSON object on standard output."""
-    from partwise.checkpoint import to_json_bytes
+    from partwise.atomic_files import to_json_bytes
 
     sys.stdout.write(to_json_bytes(value).decode())

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partwise import __version__, figures
-from partwise.checkpoint import read_json, write_atomic, write_json
+from partwise.atomic_files import read_json, write_atomic, write_json
 from partwise.checks import MissingExtra, load_extra
 from partwise.ledger import Ledger, ModuleTotal
 from partwise.models.names import locate_all

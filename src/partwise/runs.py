@@ -30,7 +30,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from partwise.checkpoint import clear_leftovers, read_json, to_json_line, write_atomic, write_json, write_refused
+from partwise.atomic_files import clear_leftovers, read_json, to_json_line, write_atomic, write_json, write_refused
 from partwise.checks import InputError, RunError, check_choice
 
 __all__ = ["RunFolder", "Status", "Stopped", "check_place", "flat_settings", "fresh_run", "installed_version", "stop_flag"]

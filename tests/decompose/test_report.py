@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from matrices import matrix_with
-from partwise.checkpoint import read_json, write_json
+from partwise.atomic_files import read_json, write_json
 from partwise.decompose import _figures as figures
 from partwise.decompose._report import describe, verdict_of
 from partwise.decompose.job import decompose

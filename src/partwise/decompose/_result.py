@@ -13,7 +13,7 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from partwise import report
-from partwise.checkpoint import to_json_line, write_folder
+from partwise.atomic_files import to_json_line, write_folder
 from partwise.decompose._report import describe
 from partwise.decompose.job import num_parts
 from partwise.ledger import Ledger, Part

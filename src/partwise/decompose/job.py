@@ -316,7 +316,7 @@ def describe(estimator: EigenEstimator) -> str:
 def finished_summary(run: RunFolder) -> dict[str, Any]:
     """The summary of a run that is done; its report is drawn again where it is gone."""
     from partwise import report
-    from partwise.checkpoint import read_json
+    from partwise.atomic_files import read_json
     from partwise.decompose._report import describe as describe_run
 
     summary: dict[str, Any] = read_json(run.summary)

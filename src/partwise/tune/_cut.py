@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from partwise.checkpoint import refuse_pickles
+from partwise.atomic_files import refuse_pickles
 from partwise.checks import InputError
 from partwise.flags import from_settings
 from partwise.runs import RunFolder
@@ -94,7 +94,7 @@ def load_job(folder: RunFolder) -> Job:
 
 def cut(job: Job, folder: RunFolder, *, rank: int | None, budget: int | None, out: Path) -> dict[str, Any]:
     """Measure, cut in the order that the run's method leaves or else in singular order, measure again, save."""
-    from partwise.checkpoint import read_json
+    from partwise.atomic_files import read_json
     from partwise.tune._result import WEIGHTS, build_ledger, count_parameters, model_card, save_adapter
     from partwise.tune.truncation import compact, plan_cut, ranks_of, singular_order
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import safetensors
 import torch
 
-from partwise.checkpoint import write_folder
+from partwise.atomic_files import write_folder
 from partwise.ledger import Ledger, Part
 from partwise.tune.truncation import active_adapter, component_energy, factors, keep_components, lora_layers, plan_cut, ranks_of, singular_order
 

@@ -13,7 +13,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.model import LoraModel
 from torch import nn
 
-from partwise.checkpoint import write_json
+from partwise.atomic_files import write_json
 from partwise.checks import InputError
 from partwise.tune import truncation
 from partwise.tune._controller import Controller

@@ -221,7 +221,8 @@ def has_started(out: Path) -> bool:
 
 def work(job: Job, run: RunFolder, *, checkpoint_every: int) -> dict[str, Any]:
     """From an open run folder to its summary: measure, train, finish."""
-    from partwise.checkpoint import latest_checkpoint, read_json
+    from partwise.atomic_files import read_json
+    from partwise.checkpoint import latest_checkpoint
     from partwise.tune._loop import LoopSettings, train
     from partwise.tune._result import finish_run, publish
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from partwise.checkpoint import refuse_pickles
+from partwise.atomic_files import refuse_pickles
 from partwise.checks import InputError
 
 WEIGHTS = "adapter_model.safetensors"
