@@ -19,6 +19,7 @@ from matrices import gaussian, matrix_with
 from partwise.checks import InputError
 from partwise.decompose._covariance import covariance_of
 from partwise.decompose._eigen_rounds import ParallelDeflation, random_eigenpairs
+from partwise.decompose.hotelling_deflation import SequentialDeflation
 from partwise.decompose.rank_one_rounds import ParallelRankOne, SequentialRankOne, random_pairs
 from partwise.engine.arrivals import flaw_of
 from partwise.engine.inline import InlineWorkers, inline
@@ -100,6 +101,19 @@ ENTRIES += [
         {"solver": "hebb", "batch_size": 8},
         {"solver": "lanczos", "block_size": 2},
     )
+]
+ENTRIES += [
+    Entry(
+        SequentialDeflation(covariance=COVARIANCE, solver=solver, num_local_steps=2, steps=(4, 3, 1, 2), tol=0.0),
+        eigenpairs,
+        num_rounds=6,
+        refuses=[
+            ({"solver": "hebb"}, r"solver='hebb' is not known\. Choose one of: power, lanczos"),
+            ({"steps": (3, 0)}, r"steps\[1\]=0 must be an integer of at least 1"),
+        ],
+        data={"covariance": COVARIANCE},
+    )
+    for solver in ("power", "lanczos")
 ]
 every_entry = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: repr(entry.method))
 

@@ -54,6 +54,12 @@ class SequentialDeflation(ParallelDeflation):
     num_local_steps: int = STEPS_PER_ROUND
     steps: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self.solver, TOP1, name="solver")
+        for k, count in enumerate(self.steps):
+            check_at_least(count, 1, name=f"steps[{k}]")
+
     def split(self, state: Eigenpairs) -> list[EigenPart]:
         """The one component whose turn it is, or none when all are done."""
         for k in range(state.num_present):
