@@ -101,11 +101,14 @@ def from_settings(kind: type[Any], settings: Mapping[str, Any]) -> Any:
     return replace(default, **chosen)
 
 
-def stored_settings(out: str | None) -> dict[str, Any]:
-    """Settings of the run in ``out``, from its ``run.json``."""
+def stored_settings(out: str | None, *, room: str) -> dict[str, Any]:
+    """Settings of the run in ``out``, from its ``run.json``; a run of another room is refused."""
     if out is None:
         raise InputError("resume-without-out", "--resume was given without --out, expected the run to continue. Pass --out runs/NAME.")
-    settings: dict[str, Any] = RunFolder.open(Path(out)).header["settings"]
+    header = RunFolder.open(Path(out)).header
+    if header["room"] != room:
+        raise InputError("resume-differs", f"{out} holds a run of `partwise {header['room']}`, got `partwise {room}`. Call the other, or pass another --out.")
+    settings: dict[str, Any] = header["settings"]
     return settings
 
 

@@ -81,6 +81,8 @@ def test_a_decomposition_goes_on_from_its_folder_alone_and_reports_as_json(
     assert "settings.n_components: got 3, expected 2" in capsys.readouterr().err
     assert run("decompose", "hotelling-deflation-pca", "--out", out, "--resume") == 2
     assert "was made with the method eigengame, got hotelling-deflation-pca" in capsys.readouterr().err
+    assert run("tune", "--out", out, "--resume") == 2
+    assert "holds a run of `partwise decompose`, got `partwise tune`" in capsys.readouterr().err
     np.save(matrix, np.load(matrix)[:70])
     assert run("decompose", "--out", out, "--resume") == 2
     assert "error[data-changed]: matrix.npy is no longer what the run" in capsys.readouterr().err

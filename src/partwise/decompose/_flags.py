@@ -131,7 +131,7 @@ def is_file(word: str) -> bool:
 
 def stored_run(out: str | None) -> dict[str, Any]:
     """Flags of the run in ``out`` by name, from its ``run.json``."""
-    settings = stored_settings(out)
+    settings = stored_settings(out, room="decompose")
     assert out is not None
     header = RunFolder.open(Path(out)).header
     return {"seed": header.get("seed", 0), **settings, **header.get("place", {})}

@@ -75,7 +75,7 @@ def read_tune_flags(arguments: list[str]) -> tuple[str, Any]:
     given = arguments[0] if arguments and not arguments[0].startswith("-") else None
     rest = arguments if given is None else arguments[1:]
     config = read_config(flag_value(rest, "--config"))
-    stored = stored_settings(flag_value(rest, "--out")) if "--resume" in rest else {}
+    stored = stored_settings(flag_value(rest, "--out"), room="tune") if "--resume" in rest else {}
     named = config.pop("method", None)
     name = given or named or stored.get("method") or DEFAULT_METHOD
     recipe = recipe_class(name)
