@@ -65,7 +65,7 @@ def _neurons(mlp: Any, name: str) -> CoupledAxis:
     from transformers.pytorch_utils import Conv1D
 
     for projection in ("c_fc", "c_proj"):
-        check_plain_linear(getattr(mlp, projection), f"{name}.{projection}", kinds=(Conv1D,))
+        check_plain_linear(getattr(mlp, projection), f"{name}.{projection}", kind=Conv1D)
     # Conv1D stores (inputs, outputs), the transpose of Linear.
     members = (Member(f"{name}.c_fc.weight", 1), Member(f"{name}.c_fc.bias", 0), Member(f"{name}.c_proj.weight", 0))
     return CoupledAxis(name, "neurons", int(mlp.c_fc.weight.shape[1]), members, (f"{name}.c_proj.weight",))

@@ -90,7 +90,7 @@ def _heads(attention: Any, name: str) -> CoupledAxis:
     from torch import nn
 
     for projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        check_plain_linear(getattr(attention, projection), f"{name}.{projection}", kinds=(nn.Linear,))
+        check_plain_linear(getattr(attention, projection), f"{name}.{projection}", kind=nn.Linear)
     head_dim, queries = int(attention.head_dim), int(attention.num_key_value_groups)
     widths = {"q_proj": head_dim * queries, "k_proj": head_dim, "v_proj": head_dim}
     members = [
@@ -106,7 +106,7 @@ def _neurons(mlp: Any, name: str) -> CoupledAxis:
     from torch import nn
 
     for projection in ("gate_proj", "up_proj", "down_proj"):
-        check_plain_linear(getattr(mlp, projection), f"{name}.{projection}", kinds=(nn.Linear,))
+        check_plain_linear(getattr(mlp, projection), f"{name}.{projection}", kind=nn.Linear)
     members = [
         Member(f"{name}.{projection}.{tensor}", 0)
         for projection in ("gate_proj", "up_proj")

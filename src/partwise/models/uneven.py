@@ -58,10 +58,12 @@ def keep_head_dim(config: Any, head_dim: int, *, num_heads: Iterable[int]) -> No
 
 def refused_by(config: Any) -> str | None:
     """Why the configuration's own class would not load it, or None."""
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
         config.validate()
-    except ValueError as error:
-        return str(error).splitlines()[-1].strip()
+    except StrictDataclassError as error:
+        return str(error).splitlines()[-1].strip().removeprefix("ValueError: ")
     return None
 
 
@@ -110,10 +112,11 @@ def nearest_allowed(config: Any, attributes: Callable[[int], Mapping[str, int]],
     return tuple(number for number in allowed if abs(number - wanted) == distance)
 
 
-def check_plain_linear(module: Any, name: str, *, kinds: tuple[type, ...]) -> None:
+def check_plain_linear(module: Any, name: str, *, kind: type) -> None:
     """Refuse quantised and wrapped layers, whose rows and columns are not where they seem."""
-    if type(module) not in kinds:
+    if type(module) is not kind:
         raise InputError(
             "unsupported-layer",
-            f"{name} is a {type(module).__name__}, expected {kinds[0].__name__}. Dequantise the model, or merge its adapters, first.",
+            f"{name} is a {type(module).__module__}.{type(module).__name__}, expected a plain {kind.__name__}. "
+            "Dequantise the model, or merge its adapters, first.",
         )

@@ -73,7 +73,7 @@ def _heads(attention: Any, name: str) -> CoupledAxis:
     from torch import nn
 
     for projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        check_plain_linear(getattr(attention, projection), f"{name}.{projection}", kinds=(nn.Linear,))
+        check_plain_linear(getattr(attention, projection), f"{name}.{projection}", kind=nn.Linear)
     width = int(attention.head_dim)
     members = [
         Member(f"{name}.{projection}.{tensor}", 0, width)
@@ -88,6 +88,6 @@ def _neurons(mlp: Any, name: str) -> CoupledAxis:
     from torch import nn
 
     for projection in ("fc1", "fc2"):
-        check_plain_linear(getattr(mlp, projection), f"{name}.{projection}", kinds=(nn.Linear,))
+        check_plain_linear(getattr(mlp, projection), f"{name}.{projection}", kind=nn.Linear)
     members = (Member(f"{name}.fc1.weight", 0), Member(f"{name}.fc1.bias", 0), Member(f"{name}.fc2.weight", 1))
     return CoupledAxis(name, "neurons", mlp.fc1.out_features, members, (f"{name}.fc2.weight",))
