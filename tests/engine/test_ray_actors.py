@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import pytest
 from chain import Chain, chain
 from faults import Faulty
 from partwise.checks import InputError, RunError
-from partwise.engine import open_engine
+from partwise.engine import open_engine, ray_actors
 from partwise.engine.inline import inline
 from partwise.engine.ray_actors import RayActors
 from partwise.rounds import run_async, run_rounds
@@ -159,6 +160,29 @@ def test_an_error_for_the_user_comes_home_as_it_is() -> None:
     with RayActors(1) as engine, pytest.raises(InputError, match="Come back tomorrow") as caught:
         engine(Refuses(), [0])
     assert caught.value.code == "not-today"
+
+
+class Deadly:
+    """Ends every process that unpickles it, as data do that are too large for the worker's memory."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return signal.raise_signal, (signal.SIGKILL,)
+
+
+def test_a_method_that_no_worker_survives_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_actors, "START_ATTEMPTS", 2)
+    with RayActors(1) as engine:
+        with pytest.raises(RunError, match=r"worker 0 died while it took over the method, 2 times, expected it to live") as caught:
+            engine(Deadly(), [0])
+        assert caught.value.code == "worker-lost"
+        assert engine.traffic.num_lost == 2
+
+
+def test_a_worker_that_does_not_start_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_actors, "START_TIMEOUT_S", 1e-3)
+    with RayActors(1) as engine, pytest.raises(RunError, match=r"worker 0 did not start within 0\.001 s, expected a free core") as caught:
+        engine(chain()[0], [1])
+    assert caught.value.code == "worker-not-started"
 
 
 def test_an_engine_goes_on_after_an_error_and_with_another_method(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ __all__ = ["RaySession"]
 
 LOOPBACK = "127.0.0.2"  # a local cluster is nobody else's business; Ray replaces 127.0.0.1 by the address that others see
 CONNECT_TIMEOUT_S = 5.0
-# Read by Ray when it is imported or started. It says nothing to its makers, and does not print what the engine counts itself.
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": "^A worker died or was killed"}
+# Read by Ray when it is imported or started: it reports nothing to its makers, and does not print on standard output what the engine counts itself.
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": "^(A worker died|Raylet is terminated|The node with node id)"}
 
 
 @dataclass(eq=False)

@@ -11,7 +11,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, Literal, TypeVar
 
 from partwise.checks import InputError, PartwiseError, RunError, check_at_least
@@ -27,6 +27,7 @@ Part = TypeVar("Part")
 Result = TypeVar("Result")
 
 START_TIMEOUT_S = 120.0  # a cluster that is busy or still growing may take a while; past this it is not going to happen
+START_ATTEMPTS = 8  # with growing pauses: for some seconds after a machine is gone, Ray still puts new workers there
 POLL_S = 1.0  # how long one wait lasts when there is no deadline; Ctrl-C is noticed in between
 
 
@@ -235,7 +236,7 @@ class RayActors:
         if self._placed.method is not method:
             self._placed = _Placed(method, session.put(method))
             self.traffic.placed_bytes += session.pickled_size(method)
-        for attempt in range(1, self.max_attempts + 1):
+        for attempt in range(START_ATTEMPTS):
             greetings = {}
             for seat in seats:
                 if seat.handle is not None and seat.method is not method and any(flight.handle is seat.handle for flight in self._flights.values()):
@@ -245,10 +246,11 @@ class RayActors:
                 if seat.method is not method:
                     greetings[seat.number] = seat.handle.adopt.remote(self._placed.reference)
             for seat in seats:
-                if seat.number in greetings and self._greeted(seat, greetings[seat.number], is_last=attempt == self.max_attempts):
+                if seat.number in greetings and self._greeted(seat, greetings[seat.number], is_last=attempt + 1 == START_ATTEMPTS):
                     seat.method = method
             if all(seat.method is method for seat in seats):
                 return
+            sleep(0.1 * 2**attempt)
 
     def _greeted(self, seat: _Seat, greeting: Any, *, is_last: bool) -> bool:
         session = self._opened
@@ -265,7 +267,7 @@ class RayActors:
             seat.handle, seat.method = None, None
             self.traffic.num_lost += 1
             if is_last:
-                raise self._worker_lost(seat.number, f"while it took over the method, {self.max_attempts} times", error) from error
+                raise self._worker_lost(seat.number, f"while it took over the method, {START_ATTEMPTS} times", error) from error
             return False
         return True
 
