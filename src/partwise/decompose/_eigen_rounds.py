@@ -30,7 +30,7 @@ UPDATES = ("deflation", "alpha", "mu")
 STEP_SIZES = {"power": 1.0, "hebb": 10.0, "adam": 0.01, "lanczos": 1.0}  # deterministic; in units of one over the largest eigenvalue
 BATCH_STEP_SIZES = {"hebb": 1.0, "adam": 0.03}
 STILL = 1e-3  # of tol, below which a component sits still: what is left of its error also limits all behind it, by one over the gaps
-BATCH_DECAY = 20  # rounds after which a step on batches has half its first length
+BATCH_DECAY = 100  # steps after which one on batches has half its first length
 
 
 @dataclass(frozen=True, eq=False)
@@ -288,9 +288,9 @@ class ParallelDeflation:
         step = defaults[self.solver] if self.step_size is None else self.step_size
         if self.solver == "hebb":
             step /= part.scale or 1.0
-        if self.batch_size is not None:
-            step /= 1 + (part.round_number - 1) / BATCH_DECAY
         moves = (part.round_number - 1) * self.num_local_steps
+        if self.batch_size is not None:
+            step /= 1 + moves / BATCH_DECAY
         return Mover(self.solver, step, part.scale or 1.0, None if part.moments is None else part.moments[0], moves)
 
     def _result(self, part: EigenPart, ahead: Ahead, mover: Mover, vector: NDArray[Any], image: NDArray[Any]) -> EigenResult:
