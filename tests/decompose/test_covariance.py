@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -332,6 +335,36 @@ def peak_of(function: Any) -> int:
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
+
+
+PEAK = """
+import sys
+import numpy as np
+from partwise.decompose._covariance import covariance_of
+
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) / 1024
+
+mapped = np.load(sys.argv[1], mmap_mode="r")
+covariance_of(mapped[:4]).product(np.ones((1, mapped.shape[1])))
+before = peak()
+covariance_of(mapped).product(np.ones((1, mapped.shape[1])))
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of resident memory from /proc")
+@pytest.mark.parametrize("shape", [(160_000, 400), (1_000, 64_000)], ids=["tall", "wide"])
+def test_a_map_that_was_read_does_not_stay_in_resident_memory(shape: tuple[int, int], tmp_path: Path) -> None:
+    with (tmp_path / "x.npy").open("wb") as file:  # 244 MiB
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        piece = gaussian(shape[0] // 100, shape[1], dtype=np.float32)
+        for _ in range(100):
+            file.write(piece.data)
+    said = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path / "x.npy")], env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True, text=True
+    ).stdout
+    assert float(said) < 100  # two chunks of 16 MiB, as they are and in float64
 
 
 @pytest.mark.usefixtures("many_chunks")

@@ -82,7 +82,7 @@ def gather_moments(source: RowSource, *, gram: bool, mean: NDArray[Any] | None =
     least, most = (FEWEST_ROWS, MOST_ROWS) if gram else (1, num_rows)
     size = int(np.clip(CHUNK_BYTES // max(1, num_features * source.dtype.itemsize), least, most))
     size = min(size, num_rows)
-    bytes_each = num_features * (2 * 8 * size + (8 * num_features if gram else 0))
+    bytes_each = num_features * (size * (source.dtype.itemsize + work.itemsize) + (num_features * work.itemsize if gram else 0))
     joined = _Joined(num_features, gram=gram)
     with one_blas_thread(), np.errstate(over="ignore", invalid="ignore"):
         for chunk in map_in_order(lambda rows: _of_chunk(rows, gram=gram, work=work), source.chunks(size), bytes_each=bytes_each):
