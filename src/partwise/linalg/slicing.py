@@ -55,32 +55,49 @@ def mean_over_holders(old: Tensor, pieces: Sequence[tuple[Entries, Tensor]]) -> 
     import torch
 
     mean = old.detach().clone()
-    seen = torch.zeros_like(mean, dtype=torch.bool)
-    if not (mean.is_floating_point() or mean.is_complex()):
-        for entries, piece in pieces:
-            where = _where(old, entries)
-            piece = piece.detach().to(mean)
-            mean[where] = torch.where(seen[where], torch.maximum(mean[where], piece), piece)
-            seen[where] = True
-        return mean
+    # Holders differ along sliced dimensions only, so that is where they are counted; the count broadcasts along the others.
+    sliced = {dim for entries, _ in pieces for dim in entries}
+    count = torch.zeros([size if dim in sliced else 1 for dim, size in enumerate(mean.shape)], dtype=torch.int32, device=mean.device)
+    floating = mean.is_floating_point() or mean.is_complex()
     # Differences to the first holder are summed, not values: where holders agree they are exactly zero, whatever the number of holders.
-    wide = torch.promote_types(mean.dtype, torch.float32)
-    excess, count = torch.zeros_like(mean, dtype=wide), torch.zeros_like(mean, dtype=torch.int32)
+    excess = torch.zeros_like(mean, dtype=torch.promote_types(mean.dtype, torch.float32)) if floating else None
     for entries, piece in pieces:
-        where = _where(old, entries)
-        first, piece = mean[where], piece.detach().to(mean)
-        mean[where] = torch.where(count[where] > 0, first, piece)
-        excess[where] += torch.where(count[where] > 0, piece.to(wide) - first.to(wide), 0)
-        count[where] += 1
-    return torch.where(count > 1, (mean.to(wide) + excess / count.clamp(min=1)).to(mean.dtype), mean)
+        here = {dim: kept.to(mean.device) for dim, kept in entries.items()}
+        first, piece, held = _read(mean, here), piece.detach().to(mean), _read(count, here) > 0
+        if excess is None:
+            _write(mean, here, torch.where(held, torch.maximum(first, piece), piece))
+        else:
+            _write(mean, here, torch.where(held, first, piece))
+            _write(excess, here, _read(excess, here) + torch.where(held, piece.to(excess.dtype) - first.to(excess.dtype), 0))
+        _write(count, here, _read(count, here) + 1)
+    if excess is None:
+        return mean
+    return torch.where(count > 1, (mean.to(excess.dtype) + excess / count.clamp(min=1)).to(mean.dtype), mean)
 
 
-def _where(tensor: Tensor, entries: Entries) -> tuple[Any, ...]:
-    """Open-mesh index of ``entries``, as ``numpy.ix_`` makes it, with slices for whole dimensions."""
+def _read(tensor: Tensor, entries: Entries) -> Tensor:
+    for dim, kept in entries.items():
+        tensor = tensor.index_select(dim, kept)
+    return tensor
+
+
+def _write(tensor: Tensor, entries: Entries, values: Tensor) -> None:
+    """Set ``entries`` of ``tensor`` in place."""
+    if not entries:
+        tensor.copy_(values)
+    elif len(entries) == 1:
+        [(dim, kept)] = entries.items()
+        tensor.index_copy_(dim, kept, values)
+    else:
+        tensor[_open_mesh(tensor, entries)] = values
+
+
+def _open_mesh(tensor: Tensor, entries: Entries) -> tuple[Any, ...]:
+    """Index of ``entries``, as ``numpy.ix_`` makes it, with slices for whole dimensions."""
     dims = sorted(entries)
     index: list[Any] = [slice(None)] * tensor.ndim
     for position, dim in enumerate(dims):
         shape = [1] * len(dims)
         shape[position] = -1
-        index[dim] = entries[dim].to(tensor.device).view(shape)
+        index[dim] = entries[dim].view(shape)
     return tuple(index)
