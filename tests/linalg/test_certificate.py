@@ -193,6 +193,17 @@ def test_more_steps_resolve_smaller_gaps() -> None:
     assert bounds[-1] >= SLOW_DECAY[40]
 
 
+@pytest.mark.parametrize("power", [-900, -60, 900])
+def test_the_size_of_the_numbers_does_not_matter(power: int) -> None:
+    matrix, vectors = matrix_of(SLOW_DECAY[:40])
+    rough = vectors[:4] + 0.01 * np.random.default_rng(0).normal(size=(4, 40))
+    plain, scaled = (certify(times(matrix * factor), rough, seed=0) for factor in (1.0, 2.0**power))
+    assert np.array_equal(plain.intervals * 2.0**power, scaled.intervals)
+    assert np.array_equal(plain.residuals * 2.0**power, scaled.residuals)
+    assert plain.missed_value_test.bound * 2.0**power == scaled.missed_value_test.bound
+    assert plain.missed_value_test.missable == scaled.missed_value_test.missable
+
+
 def test_a_matrix_that_is_known_up_to_rounding_only_has_wider_intervals() -> None:
     matrix, vectors = matrix_of(SLOW_DECAY)
     sharp, blunt = (certify(times(matrix), vectors[:3], seed=0, rounding=rounding) for rounding in (0.0, 1e-3))

@@ -87,7 +87,10 @@ class Certificate:
 
 @dataclass(frozen=True)
 class _Span:
-    """The span of the vectors, the matrix within it, and what the matrix sends out of it: ``S basis = basis inside + (orthonormal) leaving``."""
+    """The span of the vectors, the matrix within it, and what the matrix sends out of it: ``S basis = basis inside + (orthonormal) leaving``.
+
+    Everything is in units of a power of two near the largest entry of ``S basis``, so that squares of tiny or huge numbers neither vanish nor overflow.
+    """
 
     basis: Array  # (d, K), orthonormal columns
     coordinates: Array  # (K, K), unit column k is vector k in the basis
@@ -95,6 +98,7 @@ class _Span:
     leaving: Array  # (K, K) or (d, K)
     lead: Array  # (d,), the direction in which the matrix sends the span out most, or zeros
     scale: float  # a lower bound of the norm of the matrix
+    unit: float
     asymmetry: float  # of the matrix within the span before it was made symmetric: pure rounding, when the matrix is symmetric
 
 
@@ -162,6 +166,7 @@ def certify(
     num_probe_steps = PROBE_STEPS if num_probe_steps is None else num_probe_steps
     check_at_least(num_probe_steps, 1, name="num_probe_steps")
     span = _span_of(product, vectors)
+    unit, rounding = span.unit, rounding / span.unit
     probe = _Probe(product, span, np.random.default_rng(seed), vectors.dtype)
     smallest_kept = float(np.linalg.eigvalsh(span.inside)[0])
     for _ in range(min(num_probe_steps, probe.dimension)):
@@ -175,13 +180,13 @@ def certify(
     residuals = np.linalg.norm(np.vstack([within, span.leaving @ span.coordinates]), axis=0)  # (K,)
     test = MissedValueTest(
         passed=probe.largest <= smallest_kept + tolerance * scale + slack,
-        probe_value=probe.largest,
-        smallest_kept=smallest_kept,
-        bound=probe.bound() + slack,
+        probe_value=probe.largest * unit,
+        smallest_kept=smallest_kept * unit,
+        bound=(probe.bound() + slack) * unit,
         missable=float(probe.chance_hidden(np.array([smallest_kept]))[0]),
         num_products=probe.num_products,
     )
-    return Certificate(values, residuals, _intervals(span, values, residuals, slack), test)
+    return Certificate(values * unit, residuals * unit, _intervals(span, values, residuals, slack) * unit, test)
 
 
 def _span_of(product: Callable[[NDArray[Any]], NDArray[Any]], vectors: NDArray[Any]) -> _Span:
@@ -196,6 +201,8 @@ def _span_of(product: Callable[[NDArray[Any]], NDArray[Any]], vectors: NDArray[A
         raise InputError("vector-unusable", f"got a vector {bad[0]} that is zero or not finite, expected a direction. Leave it out.")
     basis, coordinates = np.linalg.qr((rows / lengths).T)  # (d, K), (K, K)
     image = _checked_product(product, basis.T, vectors.dtype).T  # (d, K)
+    unit = float(np.exp2(np.clip(np.frexp(np.abs(image).max())[1], -1021, 1023)))
+    image = image / unit
     inside = basis.T @ image  # (K, K)
     leaving = image - basis @ inside  # (d, K)
     leaving -= basis @ (basis.T @ leaving)
@@ -208,6 +215,7 @@ def _span_of(product: Callable[[NDArray[Any]], NDArray[Any]], vectors: NDArray[A
         leaving=triangle,
         lead=leaving @ strongest,
         scale=float(np.linalg.norm(image, axis=0).max()),
+        unit=unit,
         asymmetry=float(np.linalg.norm(inside - inside.T, ord=2)),
     )
 
@@ -289,7 +297,7 @@ class _Probe:
 
     def step(self) -> None:
         current = self.runs[:, -1]  # (b, d)
-        image = self._outside(_checked_product(self.product, current, self.dtype))
+        image = self._outside(_checked_product(self.product, current, self.dtype) / self.span.unit)
         alpha = np.einsum("bd,bd->b", image, current)
         for _ in range(2):  # all earlier vectors, twice: short runs can afford to stay orthogonal
             image = image - np.einsum("bj,bjd->bd", np.einsum("bjd,bd->bj", self.runs, image), self.runs)
