@@ -19,7 +19,7 @@ from matrices import gaussian
 from partwise.checks import InputError, MissingExtra
 from partwise.decompose import _fingerprint, _matrix_files
 from partwise.decompose._covariance import covariance_of
-from partwise.decompose._matrix_files import SUFFIXES, open_matrix
+from partwise.decompose._matrix_files import SUFFIXES, open_matrix, open_rows
 from partwise.decompose._readers import ArrayRows, NpyRows, ParquetRows, RowSource, ZarrRows, rows_of
 
 pyarrow = pytest.importorskip("pyarrow", reason="reads parquet")
@@ -143,6 +143,20 @@ def test_a_matrix_is_opened_by_its_ending(in_memory: int, tmp_path: Path, monkey
         assert fingerprint["shape"] == [23, 5]
         assert json.loads(json.dumps(fingerprint)) == fingerprint
     assert {path.suffix for path in tmp_path.iterdir()} == set(SUFFIXES)
+
+
+def test_rows_are_opened_by_ending_too(tmp_path: Path) -> None:
+    X = gaussian(6, 3)
+    np.save(tmp_path / "x.npy", X)
+    write_parquet(tmp_path / "x.parquet", X)
+    write_zarr(tmp_path / "x.zarr", X, name="only")
+    for name in ("x.npy", "x.parquet", "x.zarr"):
+        np.testing.assert_array_equal(np.concatenate(list(open_rows(tmp_path / name).chunks(4))), X)
+    np.testing.assert_array_equal(open_rows(tmp_path / "x.zarr", key="only").take(np.array([2])), X[[2]])
+    with pytest.raises(InputError, match=r"x.csv has .csv, expected one of .npy, .parquet, .zarr. Load other formats and pass the array"):
+        open_rows(tmp_path / "x.csv")
+    with pytest.raises(InputError, match="there is no file"):
+        open_rows(tmp_path / "y.npy")
 
 
 def test_arrays_of_a_file_with_several_are_named(tmp_path: Path) -> None:

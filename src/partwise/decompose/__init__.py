@@ -6,7 +6,7 @@
 - ``parallel-rank-one-regression`` - low-rank regression, one worker per rank-one map, all at once; errors heal from round to round - arXiv:2605.10741
 - ``sequential-rank-one-regression`` - low-rank regression, one rank-one map after the other, each frozen when done - arXiv:2505.22602
 
-``certify(X, components)`` says how far anybody's principal components can be from the true ones.
+``certify(X, components)`` says how far anybody's principal components can be from the true ones; ``open_rows(path)`` reads data larger than memory.
 
 Needs the extra ``sklearn``; scikit-learn loads when a name is first used.
 """
@@ -20,12 +20,22 @@ from partwise.checks import load_extra
 
 if TYPE_CHECKING:
     from partwise.decompose._certify import certify
+    from partwise.decompose._matrix_files import open_rows
     from partwise.decompose.eigengame import EigenGame
     from partwise.decompose.hotelling_deflation import HotellingDeflationPCA
     from partwise.decompose.parallel_deflation import ParallelDeflationPCA
     from partwise.decompose.rank_one_regression import ParallelRankOneRegression, SequentialRankOneRegression
 
-__all__ = ["METHODS", "EigenGame", "HotellingDeflationPCA", "ParallelDeflationPCA", "ParallelRankOneRegression", "SequentialRankOneRegression", "certify"]
+__all__ = [
+    "METHODS",
+    "EigenGame",
+    "HotellingDeflationPCA",
+    "ParallelDeflationPCA",
+    "ParallelRankOneRegression",
+    "SequentialRankOneRegression",
+    "certify",
+    "open_rows",
+]
 
 METHODS = {
     "parallel-deflation-pca": "partwise.decompose.parallel_deflation:ParallelDeflationPCA",
@@ -34,7 +44,7 @@ METHODS = {
     "parallel-rank-one-regression": "partwise.decompose.rank_one_regression:ParallelRankOneRegression",
     "sequential-rank-one-regression": "partwise.decompose.rank_one_regression:SequentialRankOneRegression",
 }
-_FUNCTIONS = {"certify": "partwise.decompose._certify"}
+_FUNCTIONS = {"certify": "partwise.decompose._certify", "open_rows": "partwise.decompose._matrix_files"}
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,7 @@ from partwise.checks import InputError
 from partwise.decompose._fingerprint import fingerprint_of_path
 from partwise.decompose._readers import NpyRows, ParquetRows, RowSource, ZarrRows, array_not_named, check_dtype, text_columns
 
-__all__ = ["SUFFIXES", "open_matrix"]
+__all__ = ["SUFFIXES", "open_matrix", "open_rows"]
 
 IN_MEMORY = 1 << 28  # bytes of a dense matrix up to which it is loaded; a larger one is read in chunks, each time it is needed
 SEPARATORS = ",;\t"
@@ -65,6 +65,56 @@ def open_matrix(path: str | Path, *, key: str | None = None) -> tuple[Any, Names
         raise InputError("no-rows", f"{place} holds a matrix of shape {data.shape}, expected at least 2 rows and 1 column. Check that it is the right file.")
     fingerprint = fingerprint_of_path(place, shape=data.shape, dtype=data.dtype)
     return data, names, fingerprint if key is None else fingerprint | {"key": key}
+
+
+def open_rows(path: str | Path, *, key: str | None = None) -> RowSource:
+    """Rows of a file that are read a chunk at a time, for data larger than memory; every ``fit`` of this room takes them.
+
+    Parameters
+    ----------
+    path : str or Path
+        A ``.npy`` or ``.parquet`` file, or a ``.zarr`` folder.
+    key : str, optional
+        The array inside a zarr group; may be left out when there is one.
+
+    Returns
+    -------
+    RowSource
+        Has ``shape`` and ``dtype``, and sends itself to worker processes as its path.
+
+    Raises
+    ------
+    InputError
+        When the file is missing, damaged, of another format, or holds something else than a matrix of real numbers.
+    MissingExtra
+        When parquet or zarr needs the extra ``data``.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from partwise.decompose import ParallelDeflationPCA, open_rows
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     np.save(f"{folder}/x.npy", np.random.default_rng(0).normal(size=(500, 20)))
+    ...     pca = ParallelDeflationPCA(n_components=2, solver="lanczos", random_state=0).fit(open_rows(f"{folder}/x.npy"))
+    >>> pca.components_.shape
+    (2, 20)
+    """
+    place = Path(path).expanduser()
+    openers: dict[str, Callable[[], RowSource]] = {
+        ".npy": lambda: NpyRows.open(place),
+        ".parquet": lambda: ParquetRows.open(place),
+        ".zarr": lambda: ZarrRows.open(place, key=key),
+    }
+    opener = openers.get(place.suffix.lower())
+    if opener is None:
+        ending = place.suffix or "no ending"
+        raise InputError("unknown-format", f"{place} has {ending}, expected one of {', '.join(openers)}. Load other formats and pass the array.")
+    _check_there(place)
+    try:
+        return opener()
+    except OSError as error:
+        raise InputError("file-unreadable", f"cannot read {place}: {error.strerror or error}. Check the file and its permissions.") from error
 
 
 def _check_there(path: Path) -> None:
