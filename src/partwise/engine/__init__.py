@@ -79,7 +79,7 @@ def open_engine(
     num_workers : int, optional
         Workers, by default one for each core and at most ``num_parts``. Goes with a name only.
     num_parts : int, optional
-        Parts that the method can have at most; more workers than that are refused.
+        Parts that the method can have at most; ``num_workers`` above that is refused.
     address : str, optional
         Address of a Ray cluster, as in ``ray.init``; without it one is started on this machine.
     seed : int, default=0
@@ -102,12 +102,14 @@ def open_engine(
         if num_workers is not None or address is not None:
             given = f"num_workers={num_workers}" if num_workers is not None else f"address={address!r}"
             raise InputError("engine-is-open", f"got {given} with an engine that is open already, expected it with a name only. Set it where you open it.")
-        _check_num_workers(getattr(engine, "num_workers", None), num_parts)
-        return contextlib.nullcontext(engine)
+        return contextlib.nullcontext(engine)  # it may have more workers than this method has parts: those do not even start
     check_choice(engine, ENGINES, name="engine")
     if num_workers is not None:
         check_at_least(num_workers, 1, name="num_workers")
-    _check_num_workers(num_workers, num_parts)
+    if num_workers is not None and num_parts is not None and num_workers > num_parts:
+        raise InputError(
+            "more-workers-than-parts", f"got num_workers={num_workers} for {num_parts} parts, expected at most one each. Pass num_workers={num_parts} or fewer."
+        )
     if engine == "inline":
         if address is not None:
             raise InputError("address-without-ray", f"got address={address!r} for the inline engine, expected none. Pass engine='ray', or leave it out.")
@@ -117,10 +119,3 @@ def open_engine(
     from partwise.engine.ray_actors import RayActors
 
     return RayActors(num_workers, max_workers=num_parts, address=address)
-
-
-def _check_num_workers(num_workers: int | None, num_parts: int | None) -> None:
-    if num_workers is not None and num_parts is not None and num_workers > num_parts:
-        raise InputError(
-            "more-workers-than-parts", f"got num_workers={num_workers} for {num_parts} parts, expected at most one each. Pass num_workers={num_parts} or fewer."
-        )
