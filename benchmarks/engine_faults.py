@@ -198,8 +198,9 @@ def workers_killed_from_outside(engine: RayActors, *, num_runs: int) -> Tally:
         try:
             with tally.run():
                 for _ in range(4):
-                    slow = Faulty(method=METHOD, folder=Path(tempfile.mkdtemp()), faults={(k, 10): "delay" for k in range(NUM_PARTS)}, delay=0.1)
-                    tally.expect(same(run_rounds(slow, START, num_rounds=NUM_ROUNDS, engine=engine)))
+                    with tempfile.TemporaryDirectory() as name:
+                        slow = Faulty(method=METHOD, folder=Path(name), faults={(k, 10): "delay" for k in range(NUM_PARTS)}, delay=0.1)
+                        tally.expect(same(run_rounds(slow, START, num_rounds=NUM_ROUNDS, engine=engine)))
         finally:
             stop.set()
             thread.join()
