@@ -73,6 +73,9 @@ class _Seat:
     def __str__(self) -> str:
         return f"worker {self.number} ({self.where})"
 
+    def vacate(self) -> None:
+        self.handle, self.method, self.where = None, None, "not started"
+
 
 @dataclass(eq=False)
 class _Flight:
@@ -242,7 +245,7 @@ class RayActors:
                 if seat.handle is not None and seat.method is not method and any(flight.handle is seat.handle for flight in self._flights.values()):
                     self._retire(seat)  # still busy with something else
                 if seat.handle is None:
-                    seat.handle, seat.method = session.new_worker(_Host), None
+                    seat.handle = session.new_worker(_Host)
                 if seat.method is not method:
                     greetings[seat.number] = seat.handle.adopt.remote(self._placed.reference)
             for seat in seats:
@@ -264,7 +267,7 @@ class RayActors:
         except session.task_failed as error:
             raise self._failure(str(seat), error) from error
         except session.lost as error:
-            seat.handle, seat.method = None, None
+            seat.vacate()
             self.traffic.num_lost += 1
             if is_last:
                 raise self._worker_lost(seat.number, f"while it took over the method, {START_ATTEMPTS} times", error) from error
@@ -345,7 +348,7 @@ class RayActors:
 
     def _retire(self, seat: _Seat) -> None:
         self._retired.append(seat.handle)
-        seat.handle, seat.method = None, None
+        seat.vacate()
         if len(self._retired) > (self.num_workers or 1):  # so many hang that they would fill the machine
             self._opened.kill(self._retired.pop(0))
 
@@ -360,7 +363,7 @@ class RayActors:
             self._retired.remove(flight.handle)
         if flight.seat.handle is flight.handle:
             self._opened.kill(flight.handle)  # it may only be out of reach
-            flight.seat.handle, flight.seat.method = None, None
+            flight.seat.vacate()
             self.traffic.num_lost += 1
         tasks = [task for task in flight.tasks if task.state == "open"] if not flight.is_late else []
         tired = [task for task in tasks if task.num_sent >= self.max_attempts]
