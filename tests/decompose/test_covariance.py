@@ -150,11 +150,13 @@ def test_the_bits_do_not_depend_on_the_number_of_cores(shape: tuple[int, int], t
     assert found["1"] == found["2"] == found["5"]
 
 
-def test_a_file_has_the_bits_of_the_array_in_it(tmp_path: Path) -> None:
-    for shape in (TALL, WIDE):
-        X, vectors = holey(*shape), gaussian(9, shape[1], seed=1)
-        same = forms(X, tmp_path)
-        assert all_bits(same["array"], vectors) == all_bits(same["map"], vectors) == all_bits(same["reader"], vectors)
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("shape", [TALL, WIDE, (700, 30)])
+def test_neither_the_layout_nor_a_file_changes_the_bits(shape: tuple[int, int], dtype: Any, tmp_path: Path) -> None:
+    X, vectors = holey(*shape).astype(dtype), gaussian(9, shape[1], seed=1)
+    same = forms(X, tmp_path)
+    for name in ("by columns", "view", "map", "reader", "reader by columns"):
+        assert all_bits(same[name], vectors) == all_bits(X, vectors), name
 
 
 def test_a_covariance_is_formed_where_that_saves_work(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -216,7 +216,7 @@ class ChunkedCovariance:
     def _pieces(self, chunk: NDArray[Any]) -> Iterator[NDArray[Any]]:
         size = max(PIECE_ROWS, PIECE_BYTES // (8 * self.num_features))
         for start in range(0, len(chunk), size):
-            piece = chunk[start : start + size].astype(np.float64)
+            piece = chunk[start : start + size].astype(np.float64, order="C")
             piece -= self.mean
             yield piece
 

@@ -154,6 +154,7 @@ class _Joined:
 
 @np.errstate(over="ignore", invalid="ignore")  # again, because what a thread sets does not reach the others
 def _of_chunk(rows: NDArray[Any], *, gram: bool, work: np.dtype[Any]) -> _ChunkMoments:
+    rows = np.ascontiguousarray(rows)  # so that the bits do not depend on the layout
     sums = column_sums(rows)
     if not np.isfinite(sums).all():
         bad = ~np.isfinite(rows)
