@@ -136,8 +136,7 @@ def test_one_rank_at_a_time_runs_and_resumes_under_trainer(tmp_path):
 
 
 WORKER = """
-import os, sys
-import sys, torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 from adapters import adapter_weights, data, grower, levels_in_use, loss_of, mlp, own_gradients
 from partwise.tune.adapad import controller_of
 from partwise.tune.finished import active_ranks, finalize
