@@ -102,7 +102,7 @@ def test_a_model_without_its_output_layer_and_a_classifier_have_the_same_axes():
     assert [axis.name for axis in coupled_axes(classifier)] == [f"model.{axis.name}" for axis in coupled_axes(bare)]
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     family=st.sampled_from(["Mistral", "Qwen2", "Qwen3"]),
     groups=st.integers(1, 4),

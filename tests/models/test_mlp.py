@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -30,6 +30,7 @@ class Handwritten(nn.Module):
         return torch.log_softmax(self.last(nn.functional.dropout(x, training=self.training)), dim=-1)
 
 
+@settings(max_examples=40)
 @given(
     widths=st.lists(st.integers(1, 9), min_size=3, max_size=5),
     norm=st.booleans(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import itertools
 from typing import Any
 
@@ -35,7 +36,7 @@ from tolerances import assert_close
 EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
 SEEDS = st.integers(0, 10_000)
 # One example costs up to a tenth of a second here: a model is built, copied and run.
-FEW = settings(max_examples=8)
+FEW = settings(max_examples=5)
 
 
 def same_bits(first: nn.Module, second: nn.Module) -> bool:
@@ -272,9 +273,37 @@ def test_an_unknown_model_is_refused_and_the_known_ones_are_listed():
         coupled_axes(nn.LSTM(3, 3))
 
 
-def test_a_wrapped_model_is_refused_and_the_one_inside_is_named():
-    with pytest.raises(InputError, match=r"Pass the model inside, model\.module\."):
-        coupled_axes(nn.DataParallel(tiny_decoder("Llama")))
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch itself, when torch.compile loads
+@pytest.mark.parametrize("model", [tiny_decoder("Llama"), tiny_mlp(3, 4, 2)], ids=["llama", "mlp"])
+@pytest.mark.parametrize(
+    ("wrap", "advice"),
+    [
+        (nn.DataParallel, r"got a DataParallel, .* Pass the model inside, model\.module\."),
+        (torch.compile, r"got a OptimizedModule, .* Pass the model inside, model\._orig_mod\."),
+    ],
+)
+def test_a_wrapped_model_is_refused_and_the_one_inside_is_named(model: nn.Module, wrap: Any, advice: str):
+    with pytest.raises(InputError, match=advice):
+        coupled_axes(wrap(model))
+
+
+def test_a_model_with_an_adapter_is_refused_until_the_adapter_is_merged():
+    peft = importlib.import_module("peft")
+    wrapped = peft.get_peft_model(tiny_decoder("Llama"), peft.LoraConfig(target_modules=["v_proj"]))
+    with pytest.raises(InputError, match=r"got a PeftModel, .* Merge the adapter first, model\.merge_and_unload\(\)\."):
+        coupled_axes(wrapped)
+    assert len(coupled_axes(wrapped.merge_and_unload())) == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@EVERY_FAMILY
+def test_parts_stay_on_the_device_of_their_model(family: str):
+    model = FAMILIES[family][0]().cuda()
+    part = any_part(model, 1)
+    small = extract(model, part)
+    assert {tensor.device.type for tensor in [*small.parameters(), *small.buffers()]} == {"cuda"}
+    assert same_bits(merge(model, [(part, small)]), model)
 
 
 def test_a_kind_that_the_family_has_not_is_refused_and_its_kinds_are_listed():

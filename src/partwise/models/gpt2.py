@@ -15,16 +15,11 @@ if TYPE_CHECKING:
 
     from partwise.models.axes import Axis, Part
 
-__all__ = ["KINDS", "MODEL_TYPES", "block_class", "find_axes", "matches", "settle"]
+__all__ = ["KINDS", "MODEL_TYPES", "block_class", "find_axes", "settle"]
 
 MODEL_TYPES = ("gpt2",)
 NAME = "gpt2"
 KINDS = ("neurons",)
-
-
-def matches(model: nn.Module) -> bool:
-    """Whether ``model`` is a GPT-2 of transformers."""
-    return getattr(getattr(model, "config", None), "model_type", None) in MODEL_TYPES
 
 
 def block_class(model_type: str) -> type[nn.Module]:

@@ -17,16 +17,11 @@ if TYPE_CHECKING:
 
     from partwise.models.axes import Axis, Part
 
-__all__ = ["KINDS", "MODEL_TYPES", "block_class", "find_axes", "matches", "settle"]
+__all__ = ["KINDS", "MODEL_TYPES", "block_class", "find_axes", "settle"]
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 NAME = ", ".join(MODEL_TYPES)
 KINDS = ("heads", "neurons")
-
-
-def matches(model: nn.Module) -> bool:
-    """Whether the configuration of ``model`` names a family with separate q, k, v, o and gate, up, down projections."""
-    return getattr(getattr(model, "config", None), "model_type", None) in MODEL_TYPES
 
 
 def block_class(model_type: str) -> type[nn.Module]:

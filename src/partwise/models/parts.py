@@ -206,18 +206,29 @@ def merge_tensors(
     return merged
 
 
+# Wrappers that stand in front of a model -> what to do about them.
+_WRAPPERS = {
+    "OptimizedModule": "Pass the model inside, model._orig_mod.",
+    "DataParallel": "Pass the model inside, model.module.",
+    "DistributedDataParallel": "Pass the model inside, model.module.",
+}
+
+
 def _family(model: nn.Module) -> ModuleType:
     families = [importlib.import_module(f"partwise.models.{name}") for name in FAMILIES]
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    for family in families:
-        if (model_type is None) == (not hasattr(family, "MODEL_TYPES")) and family.matches(model):
+    kind = type(model)
+    # Asked of the class: wrappers hand the attributes of the model inside through.
+    model_type = model.config.model_type if hasattr(kind, "config_class") else None  # type: ignore[union-attr]
+    for family in families if kind.__name__ not in _WRAPPERS else ():
+        if model_type in family.MODEL_TYPES if hasattr(family, "MODEL_TYPES") else model_type is None and family.matches(model):
             return family
-    inner = next((name for name in ("_orig_mod", "module") if hasattr(model, name)), None)
-    hint = f"Pass the model inside, model.{inner}." if inner else "Use one of them, or describe the family in a file of partwise/models."
+    advice = "Use one of them, or describe the family in a file of partwise/models."
+    if hasattr(model, "merge_and_unload"):
+        advice = "Merge the adapter first, model.merge_and_unload()."
     raise InputError(
         "unknown-model",
-        f"got a {type(model).__name__}{f' of type {model_type!r}' if model_type else ''}, expected one of: {'; '.join(family.NAME for family in families)}. "
-        f"{hint}",
+        f"got a {kind.__name__}{f' of type {model_type!r}' if model_type else ''}, expected one of: {'; '.join(family.NAME for family in families)}. "
+        f"{_WRAPPERS.get(kind.__name__, advice)}",
     )
 
 

@@ -17,16 +17,11 @@ if TYPE_CHECKING:
 
     from partwise.models.axes import Axis, Part
 
-__all__ = ["KINDS", "MODEL_TYPES", "find_axes", "matches", "settle"]
+__all__ = ["KINDS", "MODEL_TYPES", "find_axes", "settle"]
 
 MODEL_TYPES = ("vit",)
 NAME = "vit"
 KINDS = ("heads", "neurons")
-
-
-def matches(model: nn.Module) -> bool:
-    """Whether ``model`` is a ViT of transformers."""
-    return getattr(getattr(model, "config", None), "model_type", None) in MODEL_TYPES
 
 
 def find_axes(model: nn.Module) -> tuple[Axis, ...]:
