@@ -324,8 +324,9 @@ def test_bad_settings_are_refused_when_fitting(estimator: RoundEstimator, text: 
 BAD_DATA: list[tuple[Any, str]] = [
     (data().astype(np.float16), r"got float16 numbers, expected float32, float64 or integers\. Convert them"),
     (data() + 1j, r"Complex data not supported"),
-    (np.where(np.arange(300)[:, None] == 7, np.nan, data()), r"NaN"),
-    (np.where(np.arange(300)[:, None] == 7, np.inf, data()), r"infinity"),
+    (np.where(np.arange(300)[:, None] == 7, np.nan, data()), r"X has 25 NaN or infinite entries out of 7500, the first in row 7, column 0"),
+    (scipy.sparse.csr_array(np.where(np.arange(300)[:, None] == 7, np.inf, data())), r"X has 25 NaN or infinite entries"),
+    (np.arange(2**60, 2**60 + 12).reshape(4, 3), r"got integers up to 1152921504606846987 in size, expected at most 2\^53 = 9007199254740992"),
     (np.full((10, 4), 0.1), r"got data in which every column is constant, expected at least one that varies"),
     (data()[:1], r"1 sample"),
     (data()[0], r"Expected 2D array, got 1D array"),

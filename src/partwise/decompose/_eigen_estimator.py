@@ -24,6 +24,7 @@ from partwise.linalg.products import one_blas_thread
 
 __all__ = ["EigenEstimator", "Progress", "Solved", "positive_largest", "rayleigh_ritz"]
 
+EXACT_INTEGERS = 2**53
 CHUNK_BYTES = 1 << 26  # of rows that are transformed at once when the data are not in memory
 
 
@@ -139,9 +140,7 @@ class EigenEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         self.n_features_in_ = covariance.num_features
         self._check_fit_of(covariance)
         seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
-        # Handed on only when given: a method without rounds need not know them.
-        given = {name: value for name, value in (("start", start), ("progress", progress)) if value is not None}
-        solved = self._solve(covariance, seed, **given)
+        solved = self._solve(covariance, seed, start=start, progress=progress)
         vectors, certificate = self._certified(covariance, solved.vectors, seed)
         order = np.argsort(-certificate.values, kind="stable")
         intervals = certificate.intervals[order] + np.array([-covariance.rounding, covariance.rounding])  # (K, 2)
@@ -150,7 +149,7 @@ class EigenEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         self.eigenvalue_intervals_ = intervals
         self.missed_value_test_ = certificate.missed_value_test
         self.history_, self.n_iter_, self.converged_, self.traffic_ = solved.history, solved.num_iter, solved.converged, solved.traffic
-        vars(self).pop("_stream", None)  # a stream that was under way does not know these rows
+        self.__dict__.pop("_stream", None)  # a stream that was under way does not know these rows
         self._warn(certificate.missed_value_test, intervals)
         return self
 
@@ -173,11 +172,14 @@ class EigenEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
     def _covariance(self, X: Any) -> Covariance:
         """The covariance of data in any form; sets what scikit-learn keeps about the input."""
         if _is_plain(X):
-            X = validate_data(self, X, accept_sparse=["csr", "csc"], dtype="numeric", ensure_min_samples=2)
+            # The covariance looks for NaN itself, in the pass that it makes anyway, and says where the first is.
+            X = validate_data(self, X, accept_sparse=["csr", "csc"], dtype="numeric", ensure_min_samples=2, ensure_all_finite=False)
         elif hasattr(self, "feature_names_in_"):
             del self.feature_names_in_
         self._dtype = np.dtype(np.float32 if X.dtype == np.float32 else np.float64)
         _check_dtype(X.dtype)
+        if isinstance(X, np.ndarray) or scipy.sparse.issparse(X):
+            _check_integers(X)
         return covariance_of(X)
 
     def _check_fit_of(self, covariance: Covariance) -> None:
@@ -318,9 +320,22 @@ def positive_largest(vectors: NDArray[Any]) -> NDArray[Any]:
 
 def _is_plain(X: Any) -> bool:
     """Whether scikit-learn's own checks apply. Memory maps, operators and readers are checked while they are read."""
-    return not (isinstance(X, np.memmap) or hasattr(X, "chunks") or hasattr(X, "matmat"))
+    return not (isinstance(X, np.memmap) or callable(getattr(X, "chunks", None)) or hasattr(X, "matmat"))
 
 
 def _check_dtype(dtype: Any) -> None:
     if np.dtype(dtype) == np.float16:
         raise InputError("half-precision", "got float16 numbers, expected float32, float64 or integers. Convert them: X.astype('float32').")
+
+
+def _check_integers(X: Any) -> None:
+    """Refuse integers that float64 cannot tell from their neighbours."""
+    values = X.data if scipy.sparse.issparse(X) else X
+    if np.dtype(values.dtype).kind in "iu" and values.dtype.itemsize == 8 and values.size:
+        largest = max(abs(int(values.min())), abs(int(values.max())))
+        if largest > EXACT_INTEGERS:
+            raise InputError(
+                "integers-too-large",
+                f"got integers up to {largest} in size, expected at most 2^53 = {EXACT_INTEGERS}, beyond which neighbours are the same in float64. "
+                "Subtract an offset first.",
+            )
