@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from partwise.models.axes import Axis, Part
 
-__all__ = ["KINDS", "MODEL_TYPES", "block_class", "find_axes", "settle"]
+__all__ = ["KINDS", "MODEL_TYPES", "block_class", "check_loadable", "find_axes", "settle"]
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 NAME = ", ".join(MODEL_TYPES)
@@ -43,37 +43,34 @@ def find_axes(model: nn.Module) -> tuple[Axis, ...]:
 
 
 def settle(small: nn.Module, axes: tuple[Axis, ...], part: Part) -> None:
-    """Make configuration and attributes of a sliced model what they would be, had it been built at its size.
-
-    Raises
-    ------
-    InputError
-        When the configuration class refuses the number of heads that is left.
-    """
+    """Make configuration and attributes of a sliced model what they would be, had it been built at its size."""
     _, layers = _layers(small)
     config: Any = small.config
     head_dim = int(layers[0].self_attn.head_dim)
     sizes = []
     for layer in layers:
-        layer.mlp.intermediate_size = layer.mlp.down_proj.in_features
-        attention = layer.self_attn
-        heads = {
-            "num_attention_heads": attention.q_proj.out_features // head_dim,
-            "num_key_value_heads": attention.k_proj.out_features // head_dim,
-        }
-        sizes.append({**heads, "intermediate_size": layer.mlp.down_proj.in_features})
+        attention, layer.mlp.intermediate_size = layer.self_attn, layer.mlp.down_proj.in_features
+        heads, groups = attention.q_proj.out_features // head_dim, attention.k_proj.out_features // head_dim
+        sizes.append({"num_attention_heads": heads, "num_key_value_heads": groups, "intermediate_size": layer.mlp.intermediate_size})
     keep_head_dim(config, head_dim, num_heads=[layer["num_attention_heads"] for layer in sizes])
     settle_config(config, sizes)
-    if (reason := refused_by(config)) is not None:
-        groups, queries = sizes[0]["num_key_value_heads"], int(layers[0].self_attn.num_key_value_groups)
-        largest = max((axis.size for axis in axes if axis.kind == "heads"), default=groups)
-        nearest = nearest_allowed(config, lambda number: {"num_attention_heads": number * queries}, wanted=groups, largest=largest)
-        raise InputError(
-            "config-refuses-heads",
-            f"got a part with {groups} of {largest} head groups per layer, {groups * queries} heads, which {type(config).__name__} refuses: {reason} "
-            f"The nearest that it takes is {' or '.join(map(str, nearest))}. Keep that many groups.",
-        )
     share_config(small, layers, config)
+
+
+def check_loadable(small: nn.Module, axes: tuple[Axis, ...]) -> None:
+    """Refuse a number of heads with which the configuration's own class would not load (Llama's wants one that divides the hidden size)."""
+    config: Any = small.config
+    if (reason := refused_by(config)) is None:
+        return
+    attention = _layers(small)[1][0].self_attn
+    groups, queries = attention.k_proj.out_features // int(attention.head_dim), int(attention.num_key_value_groups)
+    largest = max((axis.size for axis in axes if axis.kind == "heads"), default=groups)
+    nearest = nearest_allowed(config, lambda number: {"num_attention_heads": number * queries}, wanted=groups, largest=largest)
+    raise InputError(
+        "config-refuses-heads",
+        f"got a part with {groups} of {largest} head groups per layer, {groups * queries} heads, which {type(config).__name__} refuses: {reason} "
+        f"The nearest that it takes is {' or '.join(map(str, nearest))}. Keep that many groups, or pass loadable=False if this model is never saved.",
+    )
 
 
 def _layers(model: Any) -> tuple[str, Any]:

@@ -66,7 +66,7 @@ def coupled_axes(model: nn.Module, *, kinds: Iterable[str] | None = None) -> tup
     return axes
 
 
-def extract(model: Model, part: Part, *, axes: Sequence[Axis] | None = None) -> Model:
+def extract(model: Model, part: Part, *, axes: Sequence[Axis] | None = None, loadable: bool = True) -> Model:
     """A smaller model of the same class that holds the units of a part, with a configuration that says so.
 
     Its outputs are those of ``mask(model, part)``. Nothing is shared with ``model``, which is not changed.
@@ -79,6 +79,8 @@ def extract(model: Model, part: Part, *, axes: Sequence[Axis] | None = None) -> 
         What the small model holds.
     axes : sequence of Axis, optional
         ``coupled_axes(model)``, if known already: following the data of a convolutional network takes longer than slicing it.
+    loadable : bool, default=True
+        Refuse a part whose configuration the model's own configuration class would not load. False for a worker's copy that is never saved.
 
     Returns
     -------
@@ -100,7 +102,10 @@ def extract(model: Model, part: Part, *, axes: Sequence[Axis] | None = None) -> 
         if isinstance(axis, BlockAxis) and axis.name in part.units:
             _leave_blocks_out(small, axis, part.units[axis.name])
     _fit_layers(small)
-    _family(model).settle(small, axes, part)
+    family = _family(model)
+    family.settle(small, axes, part)
+    if loadable and hasattr(family, "check_loadable"):
+        family.check_loadable(small, axes)
     return small
 
 
