@@ -66,7 +66,7 @@ class _Seen(Protocol):
     def total_variance(self) -> float: ...
 
 
-class EigenEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
+class EigenEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     """Base of the estimators that learn leading eigenvectors of a covariance matrix. A child writes ``_check_settings`` and ``_solve``."""
 
     n_components: int
