@@ -2,7 +2,8 @@
 
 Every solver gets the data in memory as float64 and returns components; the clock runs over all it does, the covariance matrix included. It counts
 processor time, of all threads, so that what else runs on the machine does not count; set OMP_NUM_THREADS=1 and it is what an idle machine would take.
-Solvers take turns in one process, three times. The residual is the largest ``|S v - value v|`` over the largest eigenvalue, computed here on the exact covariance.
+Solvers take turns in one process, three times. The residual is the largest ``|S v - value v|`` over the largest eigenvalue, computed here on the
+exact covariance.
 Solvers with a tolerance get one that reaches it; randomized PCA has none, so it gets 20 power iterations, and the note says what was reached.
 Real data come from a folder of data sets that is not part of the repository (``PARTWISE_DATA``, by default ../shared/data); without it they are
 left out, with a line that says so. ``python benchmarks/decompose_peers.py [--only mnist] [--repeats 3]`` (minutes for each data set).
