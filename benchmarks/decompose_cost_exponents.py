@@ -3,7 +3,8 @@
 An exponent is the slope of a line through the logarithms of size and cost. The formula counts multiplications and goes through the same fit, so that
 it needs no asymptotics: a round of K components with T local steps costs ``(T + 1) K`` products with the matrix and ``T K (K - 1) d`` for what the
 components in front take away; a product costs ``d^2`` when the matrix is formed and ``2 n d`` when it is not. What workers tell each other is counted
-and not timed. Times are processor time, the smallest of several rounds; with worker processes, wall-clock time. Run: ``python benchmarks/decompose_cost_exponents.py [--no-ray]`` (minutes on two cores).
+and not timed. Times are processor time, the smallest of several rounds; with worker processes, wall-clock time.
+Run: ``python benchmarks/decompose_cost_exponents.py [--no-ray]`` (minutes on two cores).
 """
 
 from __future__ import annotations
