@@ -217,6 +217,13 @@ def test_report_names_the_file_it_wrote(finished: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().out.strip() == str(finished / "report.html")
 
 
+def test_a_run_of_a_room_that_draws_nothing_has_a_report_of_its_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    RunFolder.create(tmp_path / "run", {"room": "../kitchen", "method": "Soup()", "settings": {"salt": 3}})
+    assert run("report", tmp_path / "run") == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "run" / "report.html")
+    assert "salt" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_list_shows_the_methods_of_a_room(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert run("list", "tune") == 0

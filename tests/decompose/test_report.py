@@ -98,10 +98,10 @@ def test_bytes_are_shown_by_worker_and_by_round_with_what_went_wrong(tmp_path: P
     run = RunFolder.create(tmp_path / "ray", {"room": "decompose", "settings": {}})
     for step in (1, 2):
         run.append_metrics({"kind": "round", "step": step, "values": [1.0], "residuals": [0.1], "traffic": [[0, 1000, 500], [1, 2000, 600]]})
-    write_json(run.summary, read_json(finished / "summary.json") | {"traffic": {"lost": 3, "late": 0}})
+    write_json(run.summary, read_json(finished / "summary.json") | {"traffic": {"lost": 3, "late": 0, "placed_bytes": 4000}})
     page = Page(write_report(run.path, describe))
     assert "Traffic" in page.inside("h2")
-    assert "6.0 kB to the workers and 2.2 kB back, in 2 rounds." in page.source
+    assert "6.0 kB to the workers and 2.2 kB back, in 2 rounds. The data and the method, 4.0 kB, were put once" in page.source
     cells = page.inside("td")
     assert [cells[index + 1 : index + 3] for index, cell in enumerate(cells) if cell == "2"][:2] == [["2,000", "1,000"], ["4,000", "1,200"]]
     assert cells[-2:] != ["late", "0"]

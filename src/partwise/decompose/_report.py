@@ -168,4 +168,6 @@ def _traffic_section(rounds: Sequence[Mapping[str, Any]], totals: Mapping[str, A
     if faults:
         tables.append(Grid("Results that did not come as they should.", (Column("what", numeric=False), Column("how often")), [Group("", faults)]))
     lead = f"{format_bytes(whole[1])} to the workers and {format_bytes(whole[2])} back, in {len(per_round)} {unit}s."
+    if totals.get("placed_bytes"):
+        lead += f" The data and the method, {format_bytes(totals['placed_bytes'])}, were put once where all workers read them."
     return Section("traffic", "Traffic", lead, markup(figures.traffic(per_round, unit=unit)), tables=tables)

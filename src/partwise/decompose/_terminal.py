@@ -28,8 +28,9 @@ def summary_parts(summary: Mapping[str, Any]) -> Iterator[RenderableType]:
         yield Text(f"warning: {warning}", style="yellow")
     traffic = summary["traffic"]
     if traffic["bytes_down"]:
-        counts = ", ".join(f"{count} {name}" for name, count in traffic.items() if count and not name.endswith("bytes") and not name.startswith("bytes"))
+        counts = ", ".join(f"{count} {name}" for name, count in traffic.items() if count and "bytes" not in name)
         sent = f"{format_bytes(traffic['bytes_down'])} to the workers, {format_bytes(traffic['bytes_up'])} back"
+        sent += f", {format_bytes(traffic['placed_bytes'])} of data once for all"
         yield Text(f"traffic: {sent}{f'; {counts}' if counts else ''}")
     yield Text(f"{summary['num_rounds']:,} rounds took {format_seconds(summary['seconds'])}")
     yield Text(f"result   {summary['result']}\nreport   {summary['report'] or 'not drawn'}\nrun      {summary['run']}")
@@ -54,5 +55,5 @@ def eigenvalue_table(summary: Mapping[str, Any]) -> Table:
             cells = [f"{row['value']:.6g}", f"{width:.1e}", f"{100 * row['share']:.2f} %", f"{row['residual']:.1e}"]
         table.add_row(str(part["index"] + 1), *cells, part["where"], part["status"])
     if len(summary["ledger"]) > MANY_COMPONENTS:
-        table.add_row("...", f"all {len(summary['ledger'])} in eigenvalues.csv", *[""] * 5)
+        table.caption = f"the first {MANY_COMPONENTS}; all {len(summary['ledger'])} are in eigenvalues.csv"
     return table

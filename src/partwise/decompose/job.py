@@ -183,6 +183,7 @@ def work(job: Job, open_run: Callable[[], RunFolder]) -> dict[str, Any]:
     place, estimator = job.place, job.estimator
     opened = open_engine(place.engine, num_workers=place.num_workers, num_parts=num_parts(estimator), address=place.address, seed=job.seed)
     with opened as engine:
+        job.report("covariance", 0, 1, "")
         covariance = covariance_of(job.data.rows)
         estimator._check_fit_of(covariance)
         run = open_run()
