@@ -186,22 +186,19 @@ def measure_against_sequential() -> None:
         same_time = SequentialRankOneRegression(NUM_COMPONENTS, num_steps=rounds)
         methods = [repr(model) for model in (parallel, same_work, same_time)]
         errors = [tuple(largest_error(model, seed) for seed in SEEDS) for model in (parallel, same_work, same_time)]
+        ours: dict[str, Any] = {"method": methods[0], "values": errors[0], "unit": "relative error"}
         report(
             started,
+            **ours,
             claim=f"Largest component error after {rounds * NUM_COMPONENTS} solver steps in total, in parallel and in sequence",
-            method=methods[0],
-            values=errors[0],
-            unit="relative error",
             baseline=methods[1],
             baseline_values=errors[1],
             note=SIZES + ". Equal work on one worker.",
         )
         report(
             started,
+            **ours,
             claim=f"Largest component error in the time of {rounds} solver steps, with one worker per component",
-            method=methods[0],
-            values=errors[0],
-            unit="relative error",
             baseline=methods[2],
             baseline_values=errors[2],
             expected="lower on every seed",
