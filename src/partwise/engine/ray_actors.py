@@ -152,7 +152,7 @@ class RayActors:
             raise InputError("timeout-range", f"got timeout={self.timeout}, expected more than 0 seconds. Pass timeout=60, or None to wait for ever.")
 
     def __enter__(self) -> RayActors:
-        self._session = RaySession.open(self.address, num_cpus=self.num_workers or self.max_workers)
+        self._session = RaySession.open(self.address, num_cpus=self.num_workers)
         if self.num_workers is None:
             self.num_workers = min(self._session.num_cores, self.max_workers or self._session.num_cores)
         return self
