@@ -301,11 +301,13 @@ def test_columns_of_zeros_are_refused_and_counted(estimator_class: type, name: s
 
 @every_estimator
 @pytest.mark.parametrize("name", ["X", "y"])
-def test_nan_is_refused_by_name(estimator_class: type, name: str) -> None:
+def test_nan_and_infinite_entries_are_counted_and_the_first_is_named(estimator_class: type, name: str) -> None:
     X, y = data()
     {"X": X, "y": y}[name][2, 1] = np.nan
-    with pytest.raises(ValueError, match=rf"Input {name} contains NaN"):
+    with pytest.raises(InputError, match=rf"{name} has 1 NaN or infinite entries out of \d+, the first in row 2, column 1 \(counted from 0\)\. Remove"):
         estimator_class().fit(X, y)
+    with pytest.raises(InputError, match=r"y has 2 NaN or infinite entries out of 40, the first in row 7 \(counted from 0\)"):
+        estimator_class().fit(data()[0], np.where(np.arange(40) % 20 == 7, np.inf, 1.0))
 
 
 @every_estimator

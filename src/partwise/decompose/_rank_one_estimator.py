@@ -106,6 +106,8 @@ class RankOneEstimator(MultiOutputMixin, RegressorMixin, BaseEstimator):
         self._check_settings()
         seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
         opening = open_engine(self.engine, num_workers=self.num_workers, num_parts=self.n_components, seed=seed)
+        _check_finite(X, name="X")
+        _check_finite(y, name="y")
         inputs, checked_y = validate_data(self, X, y, dtype=[np.float64, np.float32], multi_output=True, y_numeric=True)
         targets = checked_y.astype(inputs.dtype, copy=False).reshape(len(inputs), -1)  # (samples, targets)
         _check_columns(inputs, name="X")
@@ -183,6 +185,18 @@ class ErrorLog:
 
     def __call__(self, _: int, state: Pairs) -> None:
         self.rows.append(deflation_errors(state.published_left, state.right, self.left, self.right))
+
+
+def _check_finite(values: ArrayLike, *, name: str) -> None:
+    """What scikit-learn refuses as well, with the number of bad entries and the place of the first."""
+    array = np.asarray(values)
+    bad: Any = np.argwhere(~np.isfinite(array)) if array.dtype.kind == "f" else ()
+    if len(bad):
+        place = ", ".join(f"{axis} {index}" for axis, index in zip(("row", "column"), bad[0], strict=False))
+        raise InputError(
+            "not-finite",
+            f"{name} has {len(bad)} NaN or infinite entries out of {array.size}, the first in {place} (counted from 0). Remove these rows, or fill them in.",
+        )
 
 
 def _check_columns(values: NDArray[Any], *, name: str) -> None:
