@@ -11,14 +11,11 @@ import numpy as np
 from matrices import matrix_with
 from partwise.decompose.job import decompose
 from partwise.runs import RunFolder
+from stopped_runs import Killed
 
 METHOD = "parallel-deflation-pca"
 SPECTRUM = [9.0, 7.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.5]
 ROUNDS = 12
-
-
-class Killed(BaseException):
-    """Stands for a process that ends between two lines."""
 
 
 def kill_at(round_number: int) -> Any:

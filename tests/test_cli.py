@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from partwise.flags import flag_value, resume_command
 from partwise.runs import RunFolder
 from partwise.tune import METHODS
 from partwise.tune._flags import read_tune_flags
+from stopped_runs import run_and_interrupt
 from tune_runs import tiny_flags, write_encoder, write_reviews
 
 HEAVY = ("torch", "transformers", "peft", "matplotlib", "sklearn", "datasets", "numpy")
@@ -326,14 +324,8 @@ def test_the_command_line_knows_no_room():
 def test_ctrl_c_saves_says_how_to_resume_and_exits_with_130(tmp_path: Path, tiny_model_folder: Path, reviews: Path):
     out = tmp_path / "run"
     flags = tiny_flags(tiny_model_folder, reviews, max_steps=3000)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "partwise", "tune", "lora", *flags, "--out", str(out)]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        while process.poll() is None and (not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("train") < 5):
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate()
-    assert process.returncode == 130, said
+    code, said = run_and_interrupt("tune", "lora", *flags, out=out, threshold=5)
+    assert code == 130, said
     assert f"--out {out} --resume" in said
     assert "Traceback" not in said
     assert RunFolder(out).status == "interrupted"

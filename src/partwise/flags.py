@@ -8,13 +8,17 @@ import inspect
 import io
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from partwise.checks import InputError
-from partwise.runs import RunFolder, flat_settings
+from partwise.commands import Command
+from partwise.runs import RunFolder, flat_settings, fresh_run
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +204,30 @@ def parse_with_folder(kind: type[Any], arguments: list[str], *, prog: str, about
         return parse(kind, arguments[1:], prog=prog, about=about), Path(arguments[0])
     parse(kind, arguments if {"-h", "--help"} & set(arguments) else [*arguments, "--out", "."], prog=prog, about=about)
     raise InputError("bad-flag", f"the folder of a run is missing. Try: {prog.replace('RUN', 'runs/NAME')} --help")
+
+
+def job_command(
+    words: list[str], name: str, run: RunFlags, *, work: Callable[..., dict[str, Any]], show: Callable[[Mapping[str, Any]], Iterable[RenderableType]]
+) -> Command:
+    """The command of a job that fills a run folder.
+
+    Parameters
+    ----------
+    words : list of str
+        The whole command, ``["partwise", "tune", ...]``.
+    name : str
+        Method, which names the folder where no ``--out`` is given.
+    run : RunFlags
+        Where the run goes.
+    work : callable
+        Called with ``out``, ``command``, ``resume`` and ``report`` by name; returns the summary.
+    show : callable
+        See `Command`.
+    """
+    out = run.out or fresh_run(name)
+    return Command(
+        work=lambda report: work(out=out, command=words, resume=run.resume, report=report), show=show, json=run.json, resume=resume_command(words, out)
+    )
 
 
 def resume_command(command: Sequence[str], out: Path) -> str:

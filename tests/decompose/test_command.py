@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +14,7 @@ from partwise.decompose import METHODS
 from partwise.decompose._flags import read_decompose_flags
 from partwise.flags import load_target
 from partwise.runs import RunFolder
+from stopped_runs import run_and_interrupt
 
 
 def run(*arguments: object) -> int:
@@ -118,16 +114,8 @@ def test_several_step_numbers_are_read_as_a_list():
 def test_ctrl_c_in_a_decomposition_saves_and_says_how_to_resume(tmp_path: Path):
     np.save(tmp_path / "data.npy", np.random.default_rng(0).standard_normal((500, 100)))
     out = tmp_path / "run"
-    flags = ["--num-rounds", "100000", "--tol", "0", "--out", str(out)]
-    command = [sys.executable, "-m", "partwise", "decompose", str(tmp_path / "data.npy"), *flags]
-    with subprocess.Popen(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    ) as process:
-        while process.poll() is None and (not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("round") < 5):
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate()
-    assert process.returncode == 130, said
+    code, said = run_and_interrupt("decompose", tmp_path / "data.npy", "--num-rounds", 100000, "--tol", 0, out=out, threshold=5)
+    assert code == 130, said
     assert f"--out {out} --resume" in said
     assert "Traceback" not in said
     assert RunFolder(out).status == "interrupted"

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from decompose_runs import METHOD, ROUNDS, Killed, assert_same_run, draw_nothing, kill_at, kill_in, run_small, write_matrix
+from decompose_runs import METHOD, ROUNDS, assert_same_run, draw_nothing, kill_at, kill_in, run_small, write_matrix
 from partwise.checkpoint import latest_checkpoint
 from partwise.checks import InputError, RunError
 from partwise.decompose.job import Place
 from partwise.runs import RunFolder, Stopped
-
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+from stopped_runs import Killed, run_and_kill, run_to_the_end
 
 
 @pytest.fixture(autouse=True)
@@ -181,38 +176,14 @@ def test_four_workers_give_the_same_bits_and_count_their_bytes(tmp_path: Path, m
     assert_same_run(tmp_path / "ray", tmp_path / "inline")
 
 
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "partwise", *map(str, arguments)]
-
-
-def num_rows(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def run_and_kill(*arguments: object, run: Path, threshold: int, delay_s: float) -> bool:
-    """Start a run and kill it a moment after it has written ``threshold`` rows; says whether the kill came before the end."""
-    with subprocess.Popen(command(*arguments), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and num_rows(run) < threshold:
-            time.sleep(0.001)
-        time.sleep(delay_s)
-        process.kill()
-    return process.returncode == -signal.SIGKILL
-
-
 @pytest.mark.slow
 def test_kill_9_at_random_moments_leaves_the_same_bits(tmp_path: Path):
     generator = random.Random(0)
     np.save(tmp_path / "data.npy", np.random.default_rng(0).standard_normal((500, 120)))
     flags = ["decompose", METHOD, tmp_path / "data.npy", "--n-components", 6, "--num-rounds", 600, "--tol", 0, "--checkpoint-every", 10]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    done = subprocess.run(command(*flags, "--out", whole), env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    killed = 0
-    for threshold in (1, 150, 400):
-        resume = ["--resume"] if RunFolder.exists(cut) else []
-        killed += run_and_kill(*flags, "--out", cut, *resume, run=cut, threshold=threshold, delay_s=generator.random() * 0.02)
+    run_to_the_end(*flags, "--out", whole)
+    killed = sum(run_and_kill(*flags, out=cut, threshold=threshold, delay_s=generator.random() * 0.02) for threshold in (1, 150, 400))
     assert killed == 3
-    done = subprocess.run(command("decompose", "--out", cut, "--resume"), env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_to_the_end("decompose", "--out", cut, "--resume")
     assert_same_run(cut, whole)

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +20,7 @@ from partwise.tune.increlora import IncreLoRA
 from partwise.tune.lora import LoRA
 from partwise.tune.one_rank_at_a_time import OneRank
 from partwise.tune.recipe import Recipe
+from stopped_runs import Killed, num_rows, run_and_kill, run_to_the_end
 from tune_runs import NUM_STEPS, run_tiny, tiny_flags
 
 RECIPES: list[Recipe] = [
@@ -35,10 +32,6 @@ RECIPES: list[Recipe] = [
     OneRank(),
 ]
 name_of = lambda recipe: type(recipe).__name__  # noqa: E731 - an id, no function of its own
-
-
-class Killed(BaseException):
-    """Stands for a process that ends between two lines."""
 
 
 def kill_at(step: int) -> Any:
@@ -172,32 +165,6 @@ def test_a_checkpoint_of_other_shapes_is_refused(tmp_path: Path, model_folder: P
         run_tiny(LoRA(), model_folder, reviews, out=tmp_path / "small", budget=13, resume=True)
 
 
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "partwise", *map(str, arguments)]
-
-
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-def run_to_the_end(*arguments: object) -> None:
-    done = subprocess.run(command(*arguments), env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-def num_rows(run: Path) -> int:
-    path = run / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def run_and_kill(*arguments: object, run: Path, threshold: int, delay_s: float) -> None:
-    """Start a run and kill it a moment after it has written ``threshold`` rows."""
-    with subprocess.Popen(command(*arguments), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and num_rows(run) < threshold:
-            time.sleep(0.002)
-        time.sleep(delay_s)
-        process.kill()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "adapad"])
 def test_kill_9_at_random_moments_leaves_the_same_bits(method: str, tmp_path: Path, model_folder: Path, reviews: Path):
@@ -206,7 +173,6 @@ def test_kill_9_at_random_moments_leaves_the_same_bits(method: str, tmp_path: Pa
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run_to_the_end("tune", method, *flags, "--out", whole)
     for threshold in sorted(generator.sample(range(1, num_rows(whole)), 3)):
-        resume = ["--resume"] if RunFolder.exists(cut) else []
-        run_and_kill("tune", method, *flags, "--out", cut, *resume, run=cut, threshold=threshold, delay_s=generator.random() * 0.02)
+        run_and_kill("tune", method, *flags, out=cut, threshold=threshold, delay_s=generator.random() * 0.02)
     run_to_the_end("tune", "--out", cut, "--resume")
     assert_same_run(cut, whole)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,21 +54,13 @@ def read(arguments: list[str]) -> Command | str:
         return help_text()
     from partwise.decompose._flags import read_decompose_flags
     from partwise.decompose._terminal import summary_parts
-    from partwise.flags import resume_command
-    from partwise.runs import fresh_run
+    from partwise.flags import job_command
 
     name, flags = read_decompose_flags(arguments)
-    out = flags.run.out or fresh_run(name)
-    command = ["partwise", "decompose", *arguments]
-    return Command(
-        work=lambda report: start(name, flags, out=out, command=command, report=report),
-        show=summary_parts,
-        json=flags.run.json,
-        resume=resume_command(command, out),
-    )
+    return job_command(["partwise", "decompose", *arguments], name, flags.run, work=functools.partial(start, name, flags), show=summary_parts)
 
 
-def start(name: str, flags: Any, *, out: Path, command: list[str], report: Report) -> dict[str, Any]:
+def start(name: str, flags: Any, *, out: Path, command: list[str], resume: bool, report: Report) -> dict[str, Any]:
     """Run the job with what the flags say."""
     from partwise.decompose.job import decompose
 
@@ -81,7 +74,7 @@ def start(name: str, flags: Any, *, out: Path, command: list[str], report: Repor
         key=flags.data.key,
         seed=seed,
         place=place_of(flags.place),
-        resume=flags.run.resume,
+        resume=resume,
         checkpoint_every=flags.run.checkpoint_every,
         command=command,
         report=report,

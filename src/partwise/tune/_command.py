@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,23 +58,15 @@ def read(arguments: list[str]) -> Command | str:
         return help_text()
     if arguments[:1] == ["truncate"]:
         return read_truncate(arguments[1:])
-    from partwise.flags import resume_command
-    from partwise.runs import fresh_run
+    from partwise.flags import job_command
     from partwise.tune._flags import read_tune_flags
     from partwise.tune._terminal import summary_parts
 
     name, flags = read_tune_flags(arguments)
-    out = flags.run.out or fresh_run(name)
-    command = ["partwise", "tune", *arguments]
-    return Command(
-        work=lambda report: start(name, flags, out=out, command=command, report=report),
-        show=summary_parts,
-        json=flags.run.json,
-        resume=resume_command(command, out),
-    )
+    return job_command(["partwise", "tune", *arguments], name, flags.run, work=functools.partial(start, name, flags), show=summary_parts)
 
 
-def start(name: str, flags: Any, *, out: Path, command: list[str], report: Report) -> dict[str, Any]:
+def start(name: str, flags: Any, *, out: Path, command: list[str], resume: bool, report: Report) -> dict[str, Any]:
     """Run one method, or a comparison of several."""
     from partwise.tune.job import tune
 
@@ -82,7 +75,7 @@ def start(name: str, flags: Any, *, out: Path, command: list[str], report: Repor
         raise InputError("setting-out-of-range", f"--checkpoint-every is {run.checkpoint_every}, expected at least 1. Raise it.")
     common: dict[str, Any] = {
         "out": out,
-        "resume": run.resume,
+        "resume": resume,
         "checkpoint_every": run.checkpoint_every,
         "command": command,
         "report": with_loss(report),
