@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -67,3 +70,17 @@ def test_blas_has_one_thread_inside_the_block_and_its_own_number_after_it() -> N
         raise RuntimeError("stop")
     assert set(inside) == {1}
     assert numbers() == before
+
+
+def test_one_thread_holds_for_libraries_that_load_after_the_first_block():
+    program = """
+from partwise.linalg.products import one_blas_thread
+with one_blas_thread():
+    pass
+import scipy.linalg, threadpoolctl
+with one_blas_thread():
+    print(sorted({library["num_threads"] for library in threadpoolctl.threadpool_info() if library["user_api"] == "blas"}))
+"""
+    environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "2")
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[1]"

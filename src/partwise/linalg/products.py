@@ -61,4 +61,5 @@ def one_blas_thread() -> Iterator[None]:
 
 @cache
 def _controller() -> Any:
+    load_extra("scipy.linalg", extra="sklearn")  # brings a BLAS of its own, and only libraries that are loaded by now are held
     return load_extra("threadpoolctl", extra="sklearn").ThreadpoolController()
