@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from partwise.runs import RunFolder
 
 MAX_SCORES = 5000  # rows of scores.csv
+ROWS_AT_ONCE = 64
 
 Array = NDArray[Any]
 
@@ -152,8 +153,9 @@ def first_scores(estimator: EigenEstimator, covariance: Covariance) -> tuple[Arr
     """Numbers of at most 5000 evenly spaced rows of the data, and their coordinates along the first two components."""
     num_rows = min(covariance.num_samples, MAX_SCORES)
     chosen = np.arange(num_rows) * covariance.num_samples // num_rows  # (rows,)
-    with one_blas_thread():
-        scores: Array = covariance.rows(chosen) @ estimator.components_[:2].T  # (rows, 2)
+    with one_blas_thread():  # a few rows at a time: rows that lie far apart in a mapped file bring their whole neighbourhood into memory
+        pieces = np.array_split(chosen, -(-num_rows // ROWS_AT_ONCE))
+        scores = np.concatenate([covariance.rows(piece) @ estimator.components_[:2].T for piece in pieces])  # (rows, 2)
     return chosen, scores
 
 
