@@ -291,6 +291,19 @@ def test_ray_gives_the_bits_of_the_inline_engine(estimator: RoundEstimator) -> N
     assert spread.traffic_.bytes_up > 0
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+def test_an_asynchronous_fit_on_ray_repeats_here_bit_for_bit() -> None:
+    ray_actors = pytest.importorskip("partwise.engine.ray_actors", reason="needs the extra ray")
+    covariance, model = covariance_of(data()), ParallelDeflationPCA(4, mode="async", random_state=0)
+    with ray_actors.RayActors(2) as engine:
+        method, start = model.round_method(covariance, 1), random_eigenpairs(4, 25, seed=1)
+        spread, _, schedule = solve_rounds(method, start, num_rounds=500, engine=engine, mode="async")
+    assert method.settled(spread)
+    here, _, _ = solve_rounds(method, start, num_rounds=500, engine=None, schedule=schedule)
+    assert_close(here.vectors, spread.vectors, claim="the events of the cluster, in this process", **SAME_BITS)
+
+
 REFUSED: list[tuple[RoundEstimator, str]] = [
     (ParallelDeflationPCA(0), r"n_components=0 must be an integer of at least 1"),
     (ParallelDeflationPCA(1.5), r"n_components=1\.5 must be an integer"),  # type: ignore[arg-type]
