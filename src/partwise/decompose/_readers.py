@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -150,21 +151,32 @@ class NpyRows:
             file.seek(self.offset)
             for start in range(0, num_rows, size):
                 chunk = np.empty((min(size, num_rows - start), num_features), dtype=self.dtype)
-                view, filled = chunk.reshape(-1).view(np.uint8).data, 0
-                while filled < len(view):
-                    count = file.readinto(view[filled:])
-                    if not count:
-                        raise self._shorter()
-                    filled += count
+                self._fill(file, chunk)
                 yield chunk
 
     def take(self, indices: NDArray[Any]) -> NDArray[Any]:
-        """Rows read from the file."""
-        return np.array(self._map()[indices])
+        """Rows read from the file; through a map, each would bring its neighbourhood into memory."""
+        if self.by_columns:
+            return np.array(self._map()[indices])
+        rows = np.empty((len(indices), self.shape[1]), dtype=self.dtype)
+        with Path(self.path).open("rb", buffering=0) as file:
+            for row, index in zip(rows, indices, strict=True):
+                file.seek(self.offset + int(index) * row.nbytes)
+                self._fill(file, row)
+        return rows
 
     def fingerprint(self) -> dict[str, Any]:
         """Size, shape, dtype and a digest of the file."""
         return fingerprint_of_path(self.path, shape=self.shape, dtype=self.dtype)
+
+    def _fill(self, file: FileIO, block: NDArray[Any]) -> None:
+        """Read a contiguous block from where the file stands."""
+        view, filled = block.reshape(-1).view(np.uint8).data, 0
+        while filled < len(view):
+            count = file.readinto(view[filled:])
+            if not count:
+                raise self._shorter()
+            filled += count
 
     def _map(self) -> NDArray[Any]:
         try:
