@@ -197,7 +197,8 @@ def measure_probe() -> None:
             unit="share found",
             expected="1 on every seed",
             held=min(values) == 1,
-            note="300 features, spectrum k^-1/2, ten vectors, 10 rotations per seed. The vector of the eleventh stands in; its eigenvalue is about 0.9 of the tenth.",
+            note="300 features, spectrum k^-1/2, ten vectors, 10 rotations per seed. "
+            "The vector of the eleventh stands in; its eigenvalue is about 0.9 of the tenth.",
         )
     started = time.perf_counter()
     values = tuple(false_alarms(seed) for seed in SEEDS)

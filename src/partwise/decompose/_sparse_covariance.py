@@ -7,6 +7,7 @@ digits in proportion to the offset of the data, and not to its square as in ``X^
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -33,12 +34,12 @@ NUM_PROBES = 64  # random vectors of the estimate
 
 
 @dataclass(frozen=True, eq=False)
-class SparseCovariance:
-    """The covariance of a sparse matrix.
+class _Multiplied(ABC):
+    """The covariance of data that can only be multiplied.
 
     Parameters
     ----------
-    data : csr_array of shape (num_samples, features)
+    data : csr_array or LinearOperator of shape (num_samples, features)
         Not copied.
     mean : ndarray of shape (features,)
         Mean of each feature, float64.
@@ -78,6 +79,14 @@ class SparseCovariance:
     def apply(self, vector: NDArray[Any]) -> NDArray[Any]:
         """The covariance times one vector: (features,) -> (features,)."""
         return self._times(vector)
+
+    @abstractmethod
+    def _times(self, right: NDArray[Any]) -> NDArray[Any]:
+        """The covariance times columns: (features,) or (features, TILE), and the same back."""
+
+
+class SparseCovariance(_Multiplied):
+    """The covariance of a sparse matrix."""
 
     def rows(self, indices: NDArray[Any]) -> NDArray[Any]:
         """Centred dense rows of the data, (b, features)."""
@@ -151,56 +160,13 @@ def _sum_of_squares(data: Any, centre: NDArray[Any]) -> float:
     return square
 
 
-@dataclass(frozen=True, eq=False)
-class OperatorCovariance:
-    """The covariance of a linear operator, which is only asked for products with vectors.
+class OperatorCovariance(_Multiplied):
+    """The covariance of a linear operator with ``matmat`` and ``rmatmat``, or ``matvec`` and ``rmatvec``, which is asked for products only."""
 
-    Parameters
-    ----------
-    data : LinearOperator of shape (num_samples, features)
-        Needs ``matmat`` and ``rmatmat``, or ``matvec`` and ``rmatvec``.
-    mean : ndarray of shape (features,)
-        Mean of each feature, float64.
-    total_variance : float
-        Trace of the covariance.
-    """
-
-    data: LinearOperator = field(repr=False)
-    mean: NDArray[Any] = field(repr=False)
-    total_variance: float
-    rounding: float = 0.0
-
-    @property
-    def num_samples(self) -> int:
-        """Rows of the data."""
-        return int(self.data.shape[0])
-
-    @property
-    def num_features(self) -> int:
-        """Columns of the data."""
-        return int(self.data.shape[1])
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Of vectors and products."""
-        return self.mean.dtype
-
-    def product(self, vectors: NDArray[Any]) -> NDArray[Any]:
-        """Rows times the covariance: (k, features) -> (k, features)."""
-        result = np.empty((len(vectors), self.num_features))
-        for start in range(0, len(vectors), TILE):
-            tile = np.zeros((self.num_features, TILE))
-            tile[:, : len(vectors) - start] = vectors[start : start + TILE].T
-            scores = self.data.matmat(tile) - self.mean @ tile  # (num_samples, TILE)
-            total = self.data.rmatmat(scores) - np.outer(self.mean, scores.sum(axis=0))
-            result[start : start + TILE] = total.T[: len(vectors) - start]
-        return result / (self.num_samples - 1)
-
-    def apply(self, vector: NDArray[Any]) -> NDArray[Any]:
-        """The covariance times one vector: (features,) -> (features,)."""
-        scores = self.data.matvec(vector) - self.mean @ vector
-        result: NDArray[Any] = (self.data.rmatvec(scores) - self.mean * scores.sum()) / (self.num_samples - 1)
-        return result
+    def _times(self, right: NDArray[Any]) -> NDArray[Any]:
+        scores = self.data.dot(right) - self.mean @ right  # (num_samples,) or (num_samples, TILE)
+        total: NDArray[Any] = self.data.adjoint().dot(scores) - np.multiply.outer(self.mean, scores.sum(axis=0))
+        return total / (self.num_samples - 1)
 
     def rows(self, indices: NDArray[Any]) -> NDArray[Any]:
         """Centred dense rows of the data, (b, features), found by asking for products with unit vectors."""

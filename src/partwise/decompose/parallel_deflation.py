@@ -16,14 +16,14 @@ from partwise.decompose._eigen_estimator import EigenEstimator, Progress, Solved
 from partwise.decompose._eigen_rounds import Eigenpairs, ParallelDeflation, check_tol, random_eigenpairs
 from partwise.decompose._eigen_runs import solve_rounds
 from partwise.decompose._eigen_stream import EigenStream, StreamCovariance
+from partwise.decompose._modes import check_mode
 from partwise.engine import Engine, open_engine
 
 if TYPE_CHECKING:
     from partwise.decompose._covariance import Covariance
 
-__all__ = ["MODES", "ParallelDeflationPCA", "RoundEstimator"]
+__all__ = ["ParallelDeflationPCA", "RoundEstimator"]
 
-MODES = ("sync", "async")
 SETTLED = 0.5  # of tol: overlapping intervals and rounding must still fit into it
 
 
@@ -44,15 +44,7 @@ class RoundEstimator(EigenEstimator):
     def _check_settings(self) -> None:
         check_tol(self.tol)
         check_at_least(self.num_rounds, 1, name="num_rounds")
-        check_choice(self.mode, MODES, name="mode")
-        if self.max_staleness is not None:
-            check_at_least(self.max_staleness, 1, name="max_staleness")
-            if self.mode == "sync":
-                raise InputError(
-                    "staleness-needs-async",
-                    f"got max_staleness={self.max_staleness} with mode='sync', expected mode='async': in synchronous rounds nothing is stale. "
-                    "Pass mode='async', or max_staleness=None.",
-                )
+        check_mode(self.mode, self.max_staleness, self.engine)
         method = self.round_method(cast("Covariance", None), 0)  # checks its settings, and needs no data for that
         num_parts = method.num_parts(self.n_components)
         if self.num_rounds < num_parts:
