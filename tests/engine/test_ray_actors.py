@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import re
 import signal
 import socket
@@ -19,7 +20,8 @@ import pytest
 from chain import Chain, chain
 from faults import Faulty
 from partwise.checks import InputError, RunError
-from partwise.engine import open_engine, ray_actors
+from partwise.engine import _ray_flights, open_engine, ray_actors
+from partwise.engine._ray_session import RaySession
 from partwise.engine.inline import inline
 from partwise.engine.ray_actors import RayActors
 from partwise.rounds import run_async, run_rounds
@@ -102,6 +104,64 @@ def test_a_part_that_never_comes_in_time_ends_the_run(tmp_path: Path) -> None:
     assert caught.value.code == "worker-timeout"
 
 
+def stop_first_worker(engine: RayActors) -> int:
+    """Make worker 0 hang without dying, as a machine that swaps does."""
+    pid = int(engine.workers[0].split("process ")[1].split()[0])
+    os.kill(pid, signal.SIGSTOP)
+    return pid
+
+
+def assert_ends(*pids: int) -> None:
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_a_worker_that_hangs_without_dying_is_passed_by_and_ended(caplog: pytest.LogCaptureFixture) -> None:
+    method, start = chain()
+    with open_engine("ray", num_workers=2, timeout=0.5) as engine:
+        state = run_rounds(method, start, num_rounds=1, engine=engine)
+        stopped = stop_first_worker(engine)
+        state = run_rounds(method, state, num_rounds=2, engine=engine)
+    assert_close(state.vectors, inline_answer().vectors, claim="a hanging worker costs time only", **SAME_BITS)
+    assert (engine.traffic.num_reissued, engine.traffic.num_lost) == (2, 0)
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [f"worker 0 (process {stopped} on 127.0.0.2) has not answered within 0.5 s: sending its parts to a fresh worker too"]
+    assert_ends(stopped)
+
+
+def test_without_a_timeout_a_worker_that_hangs_is_passed_by_after_a_multiple_of_the_slowest_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_ray_flights, "LEAST_S", 0.5)
+    method, start = chain()
+    with RayActors(2) as engine:
+        state = run_rounds(method, start, num_rounds=1, engine=engine)
+        engine._patience.slowest = 0.06  # the first answer takes longer where the machine is busy
+        stop_first_worker(engine)
+        state = run_rounds(method, state, num_rounds=2, engine=engine)
+    assert_close(state.vectors, inline_answer().vectors, claim="a hanging worker costs time only", **SAME_BITS)
+    assert engine.traffic.num_reissued == 2
+
+
+def test_without_a_timeout_slow_parts_are_waited_for_and_said_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(_ray_flights, "FIRST_S", 0.1)
+    monkeypatch.setattr(_ray_flights, "LEAST_S", 0.1)
+    monkeypatch.setattr(_ray_flights, "FACTOR", 0.0)
+    state, _ = with_faults(tmp_path, {(0, n): "delay" for n in range(2)}, delay=3.0, num_rounds=1, max_attempts=2)
+    assert_close(state.vectors, inline_answer(1).vectors, claim="slow is not wrong", **SAME_BITS)
+    assert any("has not answered within 0.2 s, after its parts were sent 2 times: waiting on" in record.getMessage() for record in caplog.records)
+
+
+def test_an_open_engine_is_pickled_as_its_settings() -> None:
+    with RayActors(2, timeout=9.0, max_attempts=5) as engine:
+        copied = pickle.loads(pickle.dumps(engine))  # noqa: S301 - written in the same line
+    assert repr(copied) == repr(RayActors(2, timeout=9.0, max_attempts=5))
+    with pytest.raises(InputError, match="RayActors is not open"):
+        copied(chain()[0], [1])
+
+
 @pytest.mark.parametrize("fault", ["nan", "shape", "index"])
 def test_a_broken_result_is_refused_and_the_part_sent_again(tmp_path: Path, fault: str) -> None:
     state, engine = with_faults(tmp_path, {(3, 1): fault})
@@ -131,8 +191,8 @@ def test_an_exception_of_the_method_names_the_worker_and_ends_the_run_at_once(tm
 @pytest.mark.parametrize("max_staleness", [None, 2])
 def test_an_asynchronous_run_with_faults_replays_inline_to_the_same_bits(tmp_path: Path, max_staleness: int | None) -> None:
     method, start = chain()
-    faulty = Faulty(method=method, folder=tmp_path, faults={(1, 1): "kill", (2, 0): "nan", (3, 1): "delay", (0, 2): "shape"}, delay=0.8)
-    with RayActors(2, timeout=0.5) as engine:
+    faulty = Faulty(method=method, folder=tmp_path, faults={(1, 1): "kill", (2, 0): "nan", (3, 1): "delay", (0, 2): "shape"}, delay=2.5)
+    with RayActors(2, timeout=1.5) as engine:
         state, schedule = run_async(faulty, start, engine=engine, num_updates=20, max_staleness=max_staleness)
     assert schedule.num_updates == 20
     assert max_staleness is None or max(schedule.ages) <= max_staleness
@@ -210,11 +270,7 @@ def test_workers_end_with_the_block_and_a_cluster_that_was_there_stays() -> None
         names = [re.fullmatch(r"worker (\d) \(process (\d+) on \S+\)", text) for text in engine.workers]
     assert [name[1] for name in names if name] == ["0", "1"]
     assert engine.workers == ()
-    pids = [int(name[2]) for name in names if name]
-    deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert_ends(*(int(name[2]) for name in names if name))
     assert ray.is_initialized()
 
 
@@ -265,6 +321,38 @@ def test_an_address_where_nobody_answers_is_refused_within_seconds() -> None:
         result = subprocess.run([sys.executable, "-c", OUTSIDE, given], capture_output=True, text=True, check=False, env=os.environ)
         assert result.stderr.startswith(text)
     assert time.monotonic() - begin < 20
+
+
+class Slow:
+    """A Ray that does not start in time, so often."""
+
+    def __init__(self, num_failures: int) -> None:
+        self.num_failures, self.calls = num_failures, list[str]()
+
+    def is_initialized(self) -> bool:
+        return False
+
+    def init(self, **options: Any) -> None:
+        self.calls.append("init")
+        if self.calls.count("init") <= self.num_failures:
+            raise Exception("The current node timed out during startup. This could happen because some of the raylet failed to startup or the GCS is full.")
+
+    def shutdown(self) -> None:
+        self.calls.append("shutdown")
+
+
+def test_a_local_cluster_that_does_not_start_is_tried_again_and_then_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    for num_failures in (1, 2):
+        slow = Slow(num_failures)
+        monkeypatch.setattr("partwise.engine._ray_session.load_extra", lambda *_, slow=slow, **__: slow)
+        if num_failures == 1:
+            assert RaySession.open(None, num_cpus=1).ray is slow
+            assert slow.calls == ["init", "shutdown", "init"]
+            continue
+        with pytest.raises(RunError, match=r"Ray did not start on this machine, 2 times \(The current node timed out .* is full\), expected") as caught:
+            RaySession.open(None, num_cpus=1)
+        assert caught.value.code == "cluster-not-started"
+        assert slow.calls == ["init", "shutdown"] * 2
 
 
 def test_inline_is_the_reference_of_this_file() -> None:

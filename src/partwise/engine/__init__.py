@@ -68,7 +68,13 @@ class AsyncEngine(Engine, Protocol):
 
 
 def open_engine(
-    engine: str | Engine = "inline", *, num_workers: int | None = None, num_parts: int | None = None, address: str | None = None, seed: int = 0
+    engine: str | Engine = "inline",
+    *,
+    num_workers: int | None = None,
+    num_parts: int | None = None,
+    address: str | None = None,
+    timeout: float | None = None,
+    seed: int = 0,
 ) -> AbstractContextManager[Any]:
     """The engine of that name, to be used in a ``with`` block.
 
@@ -82,13 +88,16 @@ def open_engine(
         Parts that the method can have at most; ``num_workers`` above that is refused.
     address : str, optional
         Address of a Ray cluster, as in ``ray.init``; without it one is started on this machine.
+    timeout : float, optional
+        Seconds after which the parts of a Ray worker that does not answer are sent to a fresh one too; see `RayActors` for what happens without it.
     seed : int, default=0
         What the inline engine draws the order of asynchronous arrivals from.
 
     Raises
     ------
     InputError
-        ``unknown-choice``, ``below-minimum``, ``more-workers-than-parts``, ``address-without-ray`` or ``engine-is-open``.
+        ``unknown-choice``, ``below-minimum``, ``more-workers-than-parts``, ``address-without-ray``, ``timeout-without-ray``, ``timeout-range`` or
+        ``engine-is-open``.
     MissingExtra
         When Ray is asked for and not installed.
 
@@ -98,9 +107,10 @@ def open_engine(
     ...     engine.num_workers
     2
     """
-    if not isinstance(engine, str):
-        if num_workers is not None or address is not None:
-            given = f"num_workers={num_workers}" if num_workers is not None else f"address={address!r}"
+    if not isinstance(engine, str) and callable(engine):
+        named = {"num_workers": num_workers, "address": address, "timeout": timeout}
+        given = ", ".join(f"{name}={value!r}" for name, value in named.items() if value is not None)
+        if given:
             raise InputError("engine-is-open", f"got {given} with an engine that is open already, expected it with a name only. Set it where you open it.")
         return contextlib.nullcontext(engine)  # it may have more workers than this method has parts: those do not even start
     check_choice(engine, ENGINES, name="engine")
@@ -113,9 +123,11 @@ def open_engine(
     if engine == "inline":
         if address is not None:
             raise InputError("address-without-ray", f"got address={address!r} for the inline engine, expected none. Pass engine='ray', or leave it out.")
+        if timeout is not None:
+            raise InputError("timeout-without-ray", f"got timeout={timeout:g} for the inline engine, expected none. Pass engine='ray', or leave it out.")
         from partwise.engine.inline import InlineWorkers
 
         return contextlib.nullcontext(InlineWorkers(num_workers, seed=seed))
     from partwise.engine.ray_actors import RayActors
 
-    return RayActors(num_workers, max_workers=num_parts, address=address)
+    return RayActors(num_workers, max_workers=num_parts, address=address, timeout=timeout)

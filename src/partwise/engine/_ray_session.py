@@ -13,12 +13,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from partwise.checks import InputError, load_extra
+from partwise.checks import InputError, RunError, load_extra
 
 __all__ = ["RaySession"]
 
 LOOPBACK = "127.0.0.2"  # a local cluster is nobody else's business; Ray replaces 127.0.0.1 by the address that others see
 CONNECT_TIMEOUT_S = 5.0
+START_ATTEMPTS = 2  # of a cluster on this machine
 # Read by Ray when it is imported or started: it reports nothing to its makers, and does not print on standard output what the engine counts itself.
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": "^(A worker died|Raylet is terminated|The node with node id)"}
 
@@ -46,6 +47,8 @@ class RaySession:
         ------
         InputError
             ``cluster-address``, ``cluster-unreachable`` or ``ray-already-connected``.
+        RunError
+            ``cluster-not-started`` when Ray does not start on this machine, twice.
         MissingExtra
             When Ray is not installed.
         """
@@ -65,10 +68,10 @@ class RaySession:
         local = {"num_cpus": num_cpus or _num_cores(), "include_dashboard": False, "_node_ip_address": LOOPBACK}
         same_modules = {"PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)}  # of workers on this machine; a cluster has its own
         with _environment(QUIET), _environment({} if address else same_modules, override=True), _own_signals():
-            try:
-                ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **({} if address else local))
-            except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
-                raise _unreachable(address or "local", str(error)) from error
+            if address is None:
+                _start_here(ray, **local)
+            else:
+                _connect(ray, address)
         return cls(ray, is_ours=True)
 
     def close(self) -> None:
@@ -138,6 +141,34 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def _connect(ray: Any, address: str) -> None:
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, TimeoutError, ValueError) as error:
+        raise _unreachable(address, str(error)) from error
+
+
+def _start_here(ray: Any, **options: Any) -> None:
+    """Start a cluster on this machine; a busy one may need a second attempt."""
+    for attempt in range(START_ATTEMPTS):
+        try:
+            ray.init(address="local", log_to_driver=False, logging_level=logging.ERROR, **options)
+        except Exception as error:  # what Ray raises when its processes are not up in time has no class of its own
+            ray.shutdown()  # what did start
+            if attempt + 1 == START_ATTEMPTS:
+                raise RunError(
+                    "cluster-not-started",
+                    f"Ray did not start on this machine, {START_ATTEMPTS} times ({_one_line(error)}), expected a local cluster. Look for a full memory or a "
+                    "full /tmp, or try again when the machine is less busy; `ray start --head` and address='auto' use a cluster that is up already.",
+                ) from error
+        else:
+            return
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())[:200].rstrip(".")
+
+
 def _check_reachable(address: str) -> None:
     """Refuse an address where nobody listens. Ray itself tries for two minutes and then ends the process."""
     if address in {"auto", "local"}:
@@ -154,7 +185,7 @@ def _check_reachable(address: str) -> None:
 def _unreachable(address: str, reason: str) -> InputError:
     return InputError(
         "cluster-unreachable",
-        f"no Ray cluster answers at address={address!r} ({' '.join(reason.split())[:200]}), expected one. "
+        f"no Ray cluster answers at address={address!r} ({_one_line(reason)}), expected one. "
         "Start it with `ray start --head`, or leave address out to use this machine.",
     )
 

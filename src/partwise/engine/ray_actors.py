@@ -7,21 +7,26 @@ function the result is the same.
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from time import monotonic, sleep
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from partwise.checks import InputError, PartwiseError, RunError, check_at_least
 from partwise.engine import Worker
+from partwise.engine._ray_flights import Flight, Patience, Placed, Seat, Task
 from partwise.engine._ray_session import RaySession
 from partwise.engine.arrivals import Traffic, TrafficRow, flaw_of
 from partwise.engine.inline import inline
 from partwise.linalg.products import one_blas_thread
 
 __all__ = ["RayActors"]
+
+logger = logging.getLogger(__name__)
 
 Part = TypeVar("Part")
 Result = TypeVar("Result")
@@ -50,53 +55,6 @@ class _Host:
 
 
 @dataclass(eq=False)
-class _Task:
-    """One part that waits for its answer. A result whose task is not open any more is recognised by that."""
-
-    method: Any
-    part: Any
-    seat: _Seat
-    num_sent: int = 0
-    state: Literal["open", "answered", "abandoned"] = "open"
-    result: Any = None
-
-
-@dataclass(eq=False)
-class _Seat:
-    """The place of one worker. Who sits on it changes when a worker is replaced."""
-
-    number: int
-    handle: Any = None
-    method: Any = None  # what the worker holds
-    where: str = "not started"
-
-    def __str__(self) -> str:
-        return f"worker {self.number} ({self.where})"
-
-    def vacate(self) -> None:
-        self.handle, self.method, self.where = None, None, "not started"
-
-
-@dataclass(eq=False)
-class _Flight:
-    """One message under way: parts to a worker, results back."""
-
-    seat: _Seat
-    handle: Any
-    where: str
-    tasks: list[_Task]
-    row: int
-    deadline: float
-    is_late: bool = False
-
-
-@dataclass(eq=False)
-class _Placed:
-    method: Any = None
-    reference: Any = None
-
-
-@dataclass(eq=False)
 class RayActors:
     """Workers on a Ray cluster, as an engine: open it with ``with``, then pass it to ``run_rounds``, ``run_async`` or an estimator.
 
@@ -109,7 +67,8 @@ class RayActors:
         connected to already is used, or else one is started here that ends with the block.
     timeout : float, optional
         Seconds that a worker may take for one message: its parts of one round, or one part of an asynchronous run. After that the parts are sent to a
-        fresh worker too, and the answer that comes first counts. By default there is no limit.
+        fresh worker too, and the answer that comes first counts. By default ten times what the slowest answer took and at least a minute, or ten minutes
+        while there is none; parts that were sent ``max_attempts`` times are then waited for on, with a warning. ``float("inf")``: no limit.
     max_attempts : int, default=3
         How often a part is sent before the run ends with an error.
     max_workers : int, optional
@@ -137,19 +96,21 @@ class RayActors:
     max_workers: int | None = field(default=None, kw_only=True, repr=False)
     traffic: Traffic = field(default_factory=Traffic, init=False, repr=False)
     _session: RaySession | None = field(default=None, init=False, repr=False)
-    _seats: dict[int, _Seat] = field(default_factory=dict, init=False, repr=False)
-    _flights: dict[Any, _Flight] = field(default_factory=dict, init=False, repr=False)  # by the reference of the answer
+    _seats: dict[int, Seat] = field(default_factory=dict, init=False, repr=False)
+    _flights: dict[Any, Flight] = field(default_factory=dict, init=False, repr=False)  # by the reference of the answer
     _retired: list[Any] = field(default_factory=list, init=False, repr=False)  # workers past their time that may still answer
-    _answers: deque[_Task] = field(default_factory=deque, init=False, repr=False)
-    _placed: _Placed = field(default_factory=_Placed, init=False, repr=False)
+    _answers: deque[Task] = field(default_factory=deque, init=False, repr=False)
+    _placed: Placed = field(default_factory=Placed, init=False, repr=False)
     _round_number: int = field(default=0, init=False, repr=False)
+    _patience: Patience = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("num_workers", "max_attempts", "max_workers"):
             if getattr(self, name) is not None:
                 check_at_least(getattr(self, name), 1, name=name)
         if self.timeout is not None and not self.timeout > 0:
-            raise InputError("timeout-range", f"got timeout={self.timeout}, expected more than 0 seconds. Pass timeout=60, or None to wait for ever.")
+            raise InputError("timeout-range", f"got timeout={self.timeout}, expected more than 0 seconds. Pass timeout=60, or leave it out.")
+        self._patience = Patience(self.timeout)
 
     def __enter__(self) -> RayActors:
         self._session = RaySession.open(self.address, num_cpus=self.num_workers)
@@ -163,11 +124,15 @@ class RayActors:
             session.kill(handle)
         for container in (self._seats, self._flights, self._retired, self._answers):
             container.clear()
-        self._placed = _Placed()
+        self._placed = Placed()
         session.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RayActors:
         return self  # an open engine is shared by the copies of what uses it, as sklearn.base.clone makes them
+
+    def __reduce__(self) -> tuple[Any, ...]:  # another process gets the settings and opens its own
+        settings = {name: getattr(self, name) for name in ("address", "timeout", "max_attempts", "max_workers")}
+        return functools.partial(RayActors, self.num_workers, **settings), ()
 
     @property
     def _opened(self) -> RaySession:
@@ -183,7 +148,7 @@ class RayActors:
     def __call__(self, method: Worker[Part, Result], parts: Sequence[Part]) -> list[Result]:
         """Results of ``parts`` in their order: every worker gets its parts in one message, and nobody goes on before all have answered."""
         self.abandon()
-        tasks = [_Task(method, part, self._seat(getattr(part, "index", i))) for i, part in enumerate(parts)]
+        tasks = [Task(method, part, self._seat(getattr(part, "index", i))) for i, part in enumerate(parts)]
         self._round_number += 1
         self._send(tasks)
         while any(task.state == "open" for task in tasks):
@@ -199,7 +164,7 @@ class RayActors:
     def submit(self, method: Worker[Any, Any], part: Any) -> None:
         """Send one part to its worker."""
         self._round_number += 1
-        self._send([_Task(method, part, self._seat(part.index))])
+        self._send([Task(method, part, self._seat(part.index))])
 
     def collect(self) -> Any:
         """The next result that arrives."""
@@ -214,12 +179,12 @@ class RayActors:
                 task.state = "abandoned" if task.state == "open" else task.state
         self._answers.clear()
 
-    def _seat(self, index: int) -> _Seat:
+    def _seat(self, index: int) -> Seat:
         _ = self._opened
         number = index % (self.num_workers or 1)
-        return self._seats.setdefault(number, _Seat(number))
+        return self._seats.setdefault(number, Seat(number))
 
-    def _send(self, tasks: Sequence[_Task]) -> None:
+    def _send(self, tasks: Sequence[Task]) -> None:
         seats = {task.seat.number: task.seat for task in tasks}
         if tasks:
             self._start(tasks[0].method, seats.values())
@@ -227,17 +192,17 @@ class RayActors:
             own = [task for task in tasks if task.seat is seat]
             payload = self._opened.pickled([task.part for task in own])
             self.traffic.rows.append(TrafficRow(self._round_number, seat.number, len(payload), 0))
-            deadline = monotonic() + self.timeout if self.timeout else float("inf")
-            flight = _Flight(seat, seat.handle, str(seat), own, len(self.traffic.rows) - 1, deadline)
-            self._flights[seat.handle.work.remote(payload)] = flight
             for task in own:
                 task.num_sent += 1
+            flight = Flight(seat, seat.handle, str(seat), own, len(self.traffic.rows) - 1, num_sent=max(task.num_sent for task in own))
+            self._flights[seat.handle.work.remote(payload)] = flight
 
-    def _start(self, method: Any, seats: Iterable[_Seat]) -> None:
+    def _start(self, method: Any, seats: Iterable[Seat]) -> None:
         """Somebody on every seat who holds the method; all start at the same time."""
         session = self._opened
         if self._placed.method is not method:
-            self._placed = _Placed(method, session.put(method))
+            self._placed = Placed(method, session.put(method))
+            self._patience.forget()  # another method takes another time
             self.traffic.placed_bytes += session.pickled_size(method)
         for attempt in range(START_ATTEMPTS):
             greetings = {}
@@ -255,7 +220,7 @@ class RayActors:
                 return
             sleep(0.1 * 2**attempt)
 
-    def _greeted(self, seat: _Seat, greeting: Any, *, is_last: bool) -> bool:
+    def _greeted(self, seat: Seat, greeting: Any, *, is_last: bool) -> bool:
         session = self._opened
         try:
             seat.where = session.get(greeting, timeout=START_TIMEOUT_S)
@@ -277,13 +242,14 @@ class RayActors:
     def _step(self) -> None:
         """Wait for one answer, or until somebody's time is up."""
         now = monotonic()
-        waiting = [flight.deadline for flight in self._flights.values() if not flight.is_late]
+        waiting = [self._patience.deadline(flight) for flight in self._flights.values() if not flight.is_late]
         reference = self._opened.first_ready(list(self._flights), timeout=max(0.0, min([POLL_S, *(deadline - now for deadline in waiting)])))
         if reference is not None:
             self._land(reference)
             return
-        for flight in [flight for flight in self._flights.values() if not flight.is_late and flight.deadline <= monotonic()]:
-            self._give_up_on(flight)
+        for flight in list(self._flights.values()):
+            if not flight.is_late and self._patience.deadline(flight) <= monotonic():
+                self._give_up_on(flight)
 
     def _land(self, reference: Any) -> None:
         session, flight = self._opened, self._flights.pop(reference)
@@ -300,8 +266,10 @@ class RayActors:
             self._replace_worker(flight, error)
             return
         self.traffic.rows[flight.row] = replace(self.traffic.rows[flight.row], bytes_up=len(payload))
+        if wanted:
+            self._patience.learn(flight)
         self._release(flight)
-        refused: list[tuple[_Task, str]] = []
+        refused: list[tuple[Task, str]] = []
         for task, result in zip(flight.tasks, session.unpickled(payload), strict=True):
             self.traffic.num_late += flight.is_late or task.state == "abandoned"
             self.traffic.num_duplicate += task.state == "answered"
@@ -324,17 +292,22 @@ class RayActors:
                 )
         self._send_again([task for task, _ in refused])
 
-    def _send_again(self, tasks: Sequence[_Task]) -> None:
+    def _send_again(self, tasks: Sequence[Task]) -> None:
         self.traffic.num_reissued += len(tasks)
         self._send(tasks)
 
-    def _give_up_on(self, flight: _Flight) -> None:
+    def _give_up_on(self, flight: Flight) -> None:
         """A fresh worker takes over; the old one may still answer."""
         overdue = [other for other in self._flights.values() if other.handle is flight.handle]  # whatever waits behind it too
         tasks = [task for other in overdue for task in other.tasks if task.state == "open"]
+        tired = [task for task in tasks if task.num_sent >= self.max_attempts]
+        waited = f"{flight.where} has not answered within {self._patience.seconds(flight):.3g} s"
+        if tired and self.timeout is None:
+            flight.num_sent += 1  # nobody said how long is too long
+            logger.warning("%s, after its parts were sent %s times: waiting on. Pass a timeout to end such a run.", waited, tired[0].num_sent)
+            return
         for other in overdue:
             other.is_late = True
-        tired = [task for task in tasks if task.num_sent >= self.max_attempts]
         if tired:
             self.abandon()
             raise RunError(
@@ -344,21 +317,23 @@ class RayActors:
             )
         if flight.seat.handle is flight.handle:
             self._retire(flight.seat)
+        if tasks:
+            logger.warning("%s: sending its parts to a fresh worker too", waited)
         self._send_again(tasks)
 
-    def _retire(self, seat: _Seat) -> None:
+    def _retire(self, seat: Seat) -> None:
         self._retired.append(seat.handle)
         seat.vacate()
         if len(self._retired) > (self.num_workers or 1):  # so many hang that they would fill the machine
             self._opened.kill(self._retired.pop(0))
 
-    def _release(self, flight: _Flight) -> None:
+    def _release(self, flight: Flight) -> None:
         """A retired worker whose last answer is there has done its duty."""
         if flight.handle in self._retired and not any(other.handle is flight.handle for other in self._flights.values()):
             self._retired.remove(flight.handle)
             self._opened.kill(flight.handle)
 
-    def _replace_worker(self, flight: _Flight, error: BaseException) -> None:
+    def _replace_worker(self, flight: Flight, error: BaseException) -> None:
         if flight.handle in self._retired:
             self._retired.remove(flight.handle)
         if flight.seat.handle is flight.handle:
