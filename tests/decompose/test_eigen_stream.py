@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.sparse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -182,3 +183,48 @@ def test_a_stream_needs_rounds_in_step_and_no_more_components_than_features() ->
         ParallelDeflationPCA(2, mode="async").partial_fit(np.eye(3))
     with pytest.raises(InputError, match=r"n_components=4 does not fit data of 3 features: it must be between 1 and 3"):
         ParallelDeflationPCA(4).partial_fit(np.eye(3))
+
+
+@pytest.mark.parametrize("batch", [np.eye(6)[:1], np.random.default_rng(1).standard_normal((50, 6))], ids=["one row", "many rows"])
+def test_a_stream_after_a_fit_keeps_no_certificate_of_that_fit(batch: NDArray[Any]) -> None:
+    fitted = ParallelDeflationPCA(2, mode="async", random_state=0).fit(stream_of(STEEP[:6], num_samples=80))
+    of_the_fit = ("residuals_", "eigenvalue_intervals_", "missed_value_test_", "converged_", "history_", "n_iter_", "schedule_", "traffic_")
+    assert all(hasattr(fitted, name) for name in of_the_fit)
+    with pytest.raises(ValueError, match="NaN"):
+        fitted.set_params(mode="sync").partial_fit(np.full((2, 6), np.nan))
+    assert hasattr(fitted, "residuals_")  # a batch that was refused changes nothing
+    fitted.partial_fit(batch)
+    assert [name for name in of_the_fit if hasattr(fitted, name)] == []
+    fitted.fit(stream_of(STEEP[:6], num_samples=80))
+    assert all(hasattr(fitted, name) for name in of_the_fit)
+    assert not hasattr(fitted, "n_samples_seen_")
+
+
+def test_a_sparse_batch_is_taken_row_by_row() -> None:
+    X = np.where(np.random.default_rng(0).random((60, 8)) < 0.3, 1.0, 0.0) * np.arange(1, 9)
+    dense, compressed = ParallelDeflationPCA(2, random_state=0), ParallelDeflationPCA(2, random_state=0)
+    for begin in range(0, 60, 20):
+        dense.partial_fit(X[begin : begin + 20])
+        compressed.partial_fit(scipy.sparse.csc_array(X[begin : begin + 20]))
+    assert_close(compressed.components_, dense.components_, claim="the same rows", **SAME_BITS)
+
+
+def test_batches_hold_the_same_numbers_as_a_fit() -> None:
+    with pytest.raises(InputError, match=r"got integers up to 1152921504606846987 in size, expected at most 2\^53"):
+        ParallelDeflationPCA(2).partial_fit(np.arange(2**60, 2**60 + 12).reshape(4, 3))
+    with pytest.raises(InputError, match="got float16 numbers, expected float32, float64 or integers"):
+        ParallelDeflationPCA(2).partial_fit(np.eye(3, dtype=np.float16))
+
+
+@pytest.mark.parametrize("exponent", [-400, 460])
+def test_a_stream_has_the_same_bits_in_any_unit_that_is_a_power_of_two(exponent: int) -> None:
+    X, unit = stream_of(STEEP[:30], num_samples=200), 2.0**exponent
+    plain, scaled = fed(X, batch_size=50, n_components=2), fed(X * unit, batch_size=50, n_components=2)
+    assert_close(scaled.components_, plain.components_, claim="another unit", rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(scaled.explained_variance_ / unit**2, plain.explained_variance_, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("size", "text"), [(1e-140, "expected absolute values above 1e-130"), (1e150, "expected absolute values below 1e[+]148")])
+def test_batches_whose_squares_cannot_be_told_are_refused(size: float, text: str) -> None:
+    with pytest.raises(InputError, match=text):
+        ParallelDeflationPCA(2).partial_fit(size * np.eye(3))

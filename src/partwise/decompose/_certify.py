@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import scipy.sparse
 from numpy.typing import ArrayLike, NDArray
+from scipy.sparse.linalg import LinearOperator
 
 from partwise.checks import InputError
 from partwise.decompose._covariance import covariance_of
+from partwise.decompose._readers import RowSource
 from partwise.linalg.certificate import Certificate
 from partwise.linalg.certificate import certify as certify_products
 from partwise.linalg.products import one_blas_thread
@@ -70,9 +72,11 @@ def certify(
     >>> certify(X, PCA(5, svd_solver="covariance_eigh").fit(X).components_).missed_value_test.passed
     True
     """
-    if not (hasattr(X, "shape") or scipy.sparse.issparse(X)):
-        X = np.asarray(X)
+    if not (isinstance(X, (np.ndarray, LinearOperator, RowSource)) or scipy.sparse.issparse(X)):
+        X = np.asarray(X)  # a list, a DataFrame, or anything else that knows how to become an array
     rows = np.asarray(components)
+    if len(X.shape) != 2:
+        raise InputError("data-shape", f"got data of shape {X.shape}, expected a matrix of at least 2 samples and 1 feature. Pass one row per sample.")
     if rows.ndim != 2 or rows.shape[1] != X.shape[-1] or not 1 <= len(rows) <= rows.shape[1]:
         hint = " Transpose them." if rows.ndim == 2 and rows.shape[0] == X.shape[-1] else " Pass one component per row."
         raise InputError(

@@ -21,7 +21,7 @@ from scipy.sparse.linalg import LinearOperator
 
 from partwise.checks import InputError
 from partwise.decompose._in_order import map_in_order
-from partwise.decompose._moments import gather_moments
+from partwise.decompose._moments import check_precision, gather_moments
 from partwise.decompose._readers import RowSource, rows_of
 from partwise.linalg.products import TILE, tiled_product
 
@@ -239,13 +239,16 @@ def covariance_of(X: Any, *, mean: NDArray[Any] | None = None) -> Covariance:
     Raises
     ------
     InputError
-        When ``X`` is no matrix of real numbers, has fewer than two samples, or holds NaN or infinite entries (how many, and where the first is).
+        When ``X`` is no matrix of real numbers, has fewer than two samples, or holds NaN or infinite entries (how many, and where the first is), half-precision
+        numbers, or integers or squares beyond the range of float64. When the two products of an operator do not belong together.
     """
     # A file that is mapped is read instead of mapped, so that its pages do not stay in this process.
     source = rows_of(X) if isinstance(X, np.ndarray) and X.ndim == 2 else X
     shape = tuple(getattr(source, "shape", ()))
     if len(shape) != 2 or shape[0] < 2 or shape[1] < 1:
         raise InputError("data-shape", f"got data of shape {shape}, expected a matrix of at least 2 samples and 1 feature. Pass one row per sample.")
+    if getattr(source, "dtype", None) is not None:
+        check_precision(source.dtype)
     centre = None if mean is None else np.asarray(mean, dtype=np.float64)
     if centre is not None and centre.shape != (shape[1],):
         raise InputError("data-shape", f"got a mean of shape {centre.shape} for data of shape {shape}. Pass one number for each feature.")

@@ -19,12 +19,12 @@ from partwise.checks import InputError, check_at_least
 from partwise.decompose._covariance import Covariance, covariance_of
 from partwise.decompose._eigen_rounds import Eigenpairs
 from partwise.decompose._eigen_runs import Progress
+from partwise.decompose._units import check_variance, in_unit, rows_told_in, scaled, told_as, told_in, unit_of
 from partwise.linalg.certificate import Certificate, MissedValueTest, certify
 from partwise.linalg.products import one_blas_thread
 
 __all__ = ["EigenEstimator", "Progress", "Solved", "positive_largest", "rayleigh_ritz"]
 
-EXACT_INTEGERS = 2**53
 CHUNK_BYTES = 1 << 26  # of rows that are transformed at once when the data are not in memory
 
 
@@ -140,16 +140,21 @@ class EigenEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         self.n_features_in_ = covariance.num_features
         self._check_fit_of(covariance)
         seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
-        solved = self._solve(covariance, seed, start=start, progress=progress)
-        vectors, certificate = self._certified(covariance, solved.vectors, seed)
+        unit = unit_of(covariance.total_variance)  # so that no result depends on the unit of the data
+        inner, inner_start = in_unit(covariance, unit), None if start is None else scaled(start, 1 / unit)
+        solved = self._solve(inner, seed, start=inner_start, progress=told_in(progress, unit))
+        vectors, certificate = self._certified(inner, solved.vectors, seed)
+        certificate = told_as(certificate, unit)
         order = np.argsort(-certificate.values, kind="stable")
         intervals = certificate.intervals[order] + np.array([-covariance.rounding, covariance.rounding])  # (K, 2)
         self._learn(covariance, positive_largest(vectors[order]), certificate.values[order])
         self.residuals_ = certificate.residuals[order]
         self.eigenvalue_intervals_ = intervals
         self.missed_value_test_ = certificate.missed_value_test
-        self.history_, self.n_iter_, self.converged_, self.traffic_ = solved.history, solved.num_iter, solved.converged, solved.traffic
-        self.__dict__.pop("_stream", None)  # a stream that was under way does not know these rows
+        self.history_ = rows_told_in(solved.history, unit)
+        self.n_iter_, self.converged_, self.traffic_ = solved.num_iter, solved.converged, solved.traffic
+        for name in ("_stream", "n_samples_seen_"):  # a stream that was under way does not know these rows
+            self.__dict__.pop(name, None)
         self._warn(certificate.missed_value_test, intervals)
         return self
 
@@ -177,9 +182,6 @@ class EigenEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         elif hasattr(self, "feature_names_in_"):
             del self.feature_names_in_
         self._dtype = np.dtype(np.float32 if X.dtype == np.float32 else np.float64)
-        _check_dtype(X.dtype)
-        if isinstance(X, np.ndarray) or scipy.sparse.issparse(X):
-            _check_integers(X)
         return covariance_of(X)
 
     def _check_fit_of(self, covariance: Covariance) -> None:
@@ -191,17 +193,16 @@ class EigenEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
                 f"n_components={self.n_components} does not fit data of {shape[0]} samples and {shape[1]} features: it must be between 1 and "
                 f"{min(shape)}. Pass n_components={min(shape)} or fewer.",
             )
-        rounding = 8 * float(np.finfo(np.float64).eps)
-        if covariance.total_variance <= rounding**2 * float(np.square(covariance.mean).sum()):
-            raise InputError("no-variance", "got data in which every column is constant, expected at least one that varies. Check which file was read.")
+        check_variance(covariance)
 
     def _learn(self, seen: _Seen, components: NDArray[Any], values: NDArray[Any]) -> None:
         dtype = getattr(self, "_dtype", np.dtype(np.float64))
         values = np.maximum(values, 0.0)
         self.components_: NDArray[Any] = components.astype(dtype, copy=False)
-        self.explained_variance_: NDArray[Any] = values.astype(dtype, copy=False)
-        self.explained_variance_ratio_: NDArray[Any] = (values / seen.total_variance).astype(dtype, copy=False)
-        self.singular_values_: NDArray[Any] = np.sqrt(values * (seen.num_samples - 1)).astype(dtype, copy=False)
+        # In float64 whatever the data are: squares of float32 numbers leave its range.
+        self.explained_variance_: NDArray[np.float64] = values.astype(np.float64, copy=False)
+        self.explained_variance_ratio_: NDArray[np.float64] = self.explained_variance_ / seen.total_variance
+        self.singular_values_: NDArray[np.float64] = np.sqrt(self.explained_variance_ * (seen.num_samples - 1))
         self.mean_: NDArray[Any] = np.asarray(seen.mean).astype(dtype, copy=False)
         self.n_components_ = len(components)
         self.n_samples_ = seen.num_samples
@@ -230,8 +231,8 @@ class EigenEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
 
     def _shortage(self) -> str:
         return (
-            f"The data have only {self.n_components_} directions with variance, fewer than n_components={self.n_components}; "
-            f"the fit has {self.n_components_} components."
+            f"The data have only {counted(self.n_components_, 'direction')} with variance, fewer than n_components={self.n_components}; "
+            f"the fit has {counted(self.n_components_, 'component')}."
         )
 
     def _advice(self) -> str:
@@ -323,19 +324,6 @@ def _is_plain(X: Any) -> bool:
     return not (isinstance(X, np.memmap) or callable(getattr(X, "chunks", None)) or hasattr(X, "matmat"))
 
 
-def _check_dtype(dtype: Any) -> None:
-    if np.dtype(dtype) == np.float16:
-        raise InputError("half-precision", "got float16 numbers, expected float32, float64 or integers. Convert them: X.astype('float32').")
-
-
-def _check_integers(X: Any) -> None:
-    """Refuse integers that float64 cannot tell from their neighbours."""
-    values = X.data if scipy.sparse.issparse(X) else X
-    if np.dtype(values.dtype).kind in "iu" and values.dtype.itemsize == 8 and values.size:
-        largest = max(abs(int(values.min())), abs(int(values.max())))
-        if largest > EXACT_INTEGERS:
-            raise InputError(
-                "integers-too-large",
-                f"got integers up to {largest} in size, expected at most 2^53 = {EXACT_INTEGERS}, beyond which neighbours are the same in float64. "
-                "Subtract an offset first.",
-            )
+def counted(number: int, noun: str) -> str:
+    """A number and its noun."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from partwise.checks import InputError, RunError, check_at_least, check_choice
+from partwise.checks import RunError, check_at_least, check_choice
+from partwise.decompose._eigen_settings import check_combination, check_step_size, check_tol
 from partwise.decompose._eigen_steps import Ahead, Mover, is_drowned, normalised, project_out
 from partwise.linalg.products import one_blas_thread
 from partwise.rounds import part_seed
@@ -23,7 +24,7 @@ from partwise.rounds import part_seed
 if TYPE_CHECKING:
     from partwise.decompose._covariance import Covariance
 
-__all__ = ["SOLVERS", "UPDATES", "EigenPart", "EigenResult", "Eigenpairs", "ParallelDeflation", "check_tol", "random_eigenpairs"]
+__all__ = ["SOLVERS", "UPDATES", "EigenPart", "EigenResult", "Eigenpairs", "ParallelDeflation", "random_eigenpairs"]
 
 SOLVERS = ("power", "hebb", "adam", "lanczos")
 UPDATES = ("deflation", "alpha", "mu")
@@ -184,9 +185,8 @@ class ParallelDeflation:
             check_at_least(self.block_size, 1, name="block_size")
         if self.batch_size is not None:
             check_at_least(self.batch_size, 1, name="batch_size")
-        _check_combination(self)
-        if self.step_size is not None and not (0 < self.step_size < math.inf):
-            raise InputError("step-size-range", f"got step_size={self.step_size}, expected a finite number above 0. Pass None for the default.")
+        check_step_size(self.step_size)
+        check_combination(self)
         check_tol(self.tol)
 
     def split(self, state: Eigenpairs) -> list[EigenPart]:
@@ -366,31 +366,4 @@ class ParallelDeflation:
             present=tuple(present),
             moments=moments,
             num_rounds=state.num_rounds + 1,
-        )
-
-
-def check_tol(tol: float) -> None:
-    """Refuse a tolerance that is no share."""
-    if not 0 <= tol < 1:
-        raise InputError("tol-range", f"got tol={tol}, expected 0 or more and below 1. Pass tol=1e-6, or 0 to run all rounds.")
-
-
-def _check_combination(method: ParallelDeflation) -> None:
-    if method.batch_size is not None and method.solver in ("power", "lanczos"):
-        raise InputError(
-            "batch-needs-hebb",
-            f"got batch_size={method.batch_size} with solver={method.solver!r}, expected solver='hebb' or 'adam': a full step on one batch does not "
-            "average the noise of the batches. Pass solver='hebb', or batch_size=None.",
-        )
-    if method.block_size is not None and method.solver != "lanczos":
-        raise InputError(
-            "block-needs-lanczos",
-            f"got block_size={method.block_size} with solver={method.solver!r}, expected solver='lanczos': other solvers work on one component per "
-            "part. Pass solver='lanczos', or block_size=None.",
-        )
-    if method.update != "deflation" and method.solver == "lanczos":
-        raise InputError(
-            "game-needs-steps",
-            f"got update={method.update!r} with solver='lanczos', expected 'power', 'hebb' or 'adam': the games have no deflated matrix to solve. "
-            "Pass update='deflation', or another solver.",
         )

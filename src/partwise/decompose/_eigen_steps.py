@@ -100,7 +100,8 @@ class Mover:
         # quotient turns negative, the rest of this call works on the matrix shifted by the largest eigenvalue.
         if not self.shift and vector @ gradient < 0:
             self.shift = self.scale
-        return normalised(gradient + self.shift * vector if self.shift else gradient)
+        moved = normalised(gradient + self.shift * vector if self.shift else gradient)
+        return moved if moved.any() else vector  # nothing at all is left over: any direction is as good
 
     def _adam(self, vector: Vector, gradient: Vector) -> Vector:
         assert self.moments is not None

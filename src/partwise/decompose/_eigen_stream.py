@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from partwise.decompose._eigen_rounds import Eigenpairs, ParallelDeflation
+from partwise.decompose._units import unit_of
 from partwise.engine import Engine
 from partwise.linalg.products import one_blas_thread, tiled_product
 
@@ -174,6 +175,7 @@ class EigenStream:
     def _one_round(
         self, stacked: Array, num_samples: int, method_of: Callable[[StreamCovariance, int], ParallelDeflation], engine: Engine
     ) -> Array:
+        stacked = stacked / math.sqrt(unit_of(float(np.abs(stacked).max()) ** 2))  # directions do not depend on the unit; what rounds square does
         method = method_of(StreamCovariance(stacked, num_samples), self.seed)
         size = len(self.vectors)
         start = Eigenpairs(

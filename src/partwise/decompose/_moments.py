@@ -18,13 +18,14 @@ from partwise.decompose._in_order import map_in_order
 from partwise.decompose._readers import RowSource
 from partwise.linalg.products import one_blas_thread
 
-__all__ = ["Moments", "column_sums", "gather_moments", "not_finite"]
+__all__ = ["RANGE", "Moments", "check_integers", "check_precision", "column_sums", "gather_moments", "not_finite"]
 
 CHUNK_BYTES = 1 << 24  # of rows as they are stored
 MOST_ROWS, FEWEST_ROWS = 8192, 1024  # of a chunk of a Gram pass: fewer would spend the time on adding matrices
 LARGE = 2**36  # multiplications above which chunks of float32 are multiplied in float32: seconds instead of a second
-HALF_WORK = {np.dtype(kind) for kind in (np.float32, np.float16, np.int8, np.uint8, np.int16, np.uint16, np.bool_)}  # exact in float32
+HALF_WORK = {np.dtype(kind) for kind in (np.float32, np.int8, np.uint8, np.int16, np.uint16, np.bool_)}  # exact in float32
 FOLD = 64  # rows that join chunks, before they are multiplied in one go
+EXACT_INTEGERS = 2**53
 RANGE = np.sqrt(np.finfo(np.float64).max) / 1e6  # larger entries have squares whose sum may overflow
 
 
@@ -75,7 +76,7 @@ def gather_moments(source: RowSource, *, gram: bool, mean: NDArray[Any] | None =
     Raises
     ------
     InputError
-        When entries are NaN or infinite (how many, and where the first is), or so large that their squares overflow.
+        When entries are NaN or infinite (how many, and where the first is), or so large that their squares overflow or float64 cannot hold them.
     """
     num_rows, num_features = source.shape
     work = np.dtype(np.float32 if gram and num_rows * num_features**2 >= LARGE and source.dtype in HALF_WORK else np.float64)
@@ -154,6 +155,7 @@ class _Joined:
 
 @np.errstate(over="ignore", invalid="ignore")  # again, because what a thread sets does not reach the others
 def _of_chunk(rows: NDArray[Any], *, gram: bool, work: np.dtype[Any]) -> _ChunkMoments:
+    check_integers(rows)
     rows = np.ascontiguousarray(rows)  # so that the bits do not depend on the layout
     sums = column_sums(rows)
     if not np.isfinite(sums).all():
@@ -166,10 +168,16 @@ def _of_chunk(rows: NDArray[Any], *, gram: bool, work: np.dtype[Any]) -> _ChunkM
     centred = np.subtract(rows, centre) if rows.dtype == work else rows.astype(work)
     if rows.dtype != work:
         centred -= centre
+    offset = column_sums(centred) / len(rows)
     scatter = centred.T @ centred if gram else float(np.vdot(centred, centred))
+    total = float(np.trace(scatter)) if gram else scatter
+    if len(rows) * float(offset @ offset) > total / 2:  # what varies is rounding of the centre, in columns that are huge and constant
+        centred -= offset.astype(work)
+        centre = centre + offset
+        offset = column_sums(centred) / len(rows)
+        scatter = centred.T @ centred if gram else float(np.vdot(centred, centred))
     if work == np.float32 and not np.isfinite(scatter).all():
         return _of_chunk(rows, gram=gram, work=np.dtype(np.float64))
-    offset = column_sums(centred) / len(rows)
     return _ChunkMoments(len(rows), centre + offset, scatter, offset)
 
 
@@ -207,3 +215,21 @@ def not_finite(num_bad: int, place: tuple[int, int], *, num_entries: int) -> Inp
         f"X has {num_bad} NaN or infinite entries out of {num_entries}, the first in row {place[0]}, column {place[1]} (counted from 0). "
         "Remove these rows, or fill them in.",
     )
+
+
+def check_precision(dtype: Any) -> None:
+    """Refuse half precision, whose range of five decimal powers most data leave."""
+    if np.dtype(dtype) == np.float16:
+        raise InputError("half-precision", "got float16 numbers, expected float32, float64 or integers. Convert them: X.astype('float32').")
+
+
+def check_integers(values: NDArray[Any]) -> None:
+    """Refuse integers that float64 cannot tell from their neighbours."""
+    if values.dtype.kind in "iu" and values.dtype.itemsize == 8 and values.size:
+        largest = max(abs(int(values.min())), abs(int(values.max())))
+        if largest > EXACT_INTEGERS:
+            raise InputError(
+                "integers-too-large",
+                f"got integers up to {largest} in size, expected at most 2^53 = {EXACT_INTEGERS}, beyond which neighbours are the same in float64. "
+                "Subtract an offset first.",
+            )

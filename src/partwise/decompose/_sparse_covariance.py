@@ -20,7 +20,7 @@ from scipy.sparse.linalg import LinearOperator
 
 from partwise.checks import InputError
 from partwise.decompose._in_order import map_in_order
-from partwise.decompose._moments import not_finite
+from partwise.decompose._moments import check_integers, not_finite
 from partwise.decompose._readers import check_dtype
 from partwise.linalg.products import TILE
 
@@ -30,6 +30,7 @@ NUM_CHUNKS = 32  # of a sparse matrix, at most: each has its own sum over the fe
 CHUNK_ENTRIES = 1 << 17  # at least, in a chunk
 ENTRIES_PER_FEATURE = 8  # at least, in a chunk, or adding the sums would take as long as making them
 TRACE_LIMIT = 2048  # rows or features of an operator, up to which its total variance is computed and not estimated
+ADJOINT_DOUBLE, ADJOINT_SINGLE = 1e-9, 1e-4  # of the lengths, how far the two products of an operator may be apart by rounding
 NUM_PROBES = 64  # random vectors of the estimate
 
 
@@ -51,6 +52,7 @@ class _Multiplied(ABC):
     mean: NDArray[Any] = field(repr=False)
     total_variance: float
     rounding: float = 0.0
+    constant: NDArray[np.intp] | None = field(default=None, repr=False)  # columns that do not vary, where a huge one would leave its rounding
 
     @property
     def num_samples(self) -> int:
@@ -73,12 +75,21 @@ class _Multiplied(ABC):
         for start in range(0, len(vectors), TILE):
             tile = np.zeros((self.num_features, TILE))  # all products meet the same loops, whose inner one runs over these eight
             tile[:, : len(vectors) - start] = vectors[start : start + TILE].T
-            result[start : start + TILE] = self._times(tile).T[: len(vectors) - start]
+            result[start : start + TILE] = self._times_varying(tile).T[: len(vectors) - start]
         return result
 
     def apply(self, vector: NDArray[Any]) -> NDArray[Any]:
         """The covariance times one vector: (features,) -> (features,)."""
-        return self._times(vector)
+        return self._times_varying(vector)
+
+    def _times_varying(self, right: NDArray[Any]) -> NDArray[Any]:
+        if self.constant is None:
+            return self._times(right)
+        right = right.copy()
+        right[self.constant] = 0.0
+        total = self._times(right)
+        total[self.constant] = 0.0
+        return total
 
     @abstractmethod
     def _times(self, right: NDArray[Any]) -> NDArray[Any]:
@@ -130,23 +141,49 @@ def sparse_covariance(X: Any, *, mean: NDArray[Any] | None) -> SparseCovariance:
     """The covariance of a sparse matrix; formats other than CSR are converted to it, integers to float64."""
     check_dtype(X.dtype)
     data = sparse.csr_array(X)
+    check_integers(data.data)
     if not data.has_canonical_format:
         data = data.copy()  # the caller's matrix stays as it is
         data.sum_duplicates()
     if data.dtype not in (np.float64, np.float32):
         data = data.astype(np.float64)
-    num_samples, num_features = data.shape
+    num_samples = data.shape[0]
     bad = ~np.isfinite(data.data)
     if bad.any():
         first = int(np.flatnonzero(bad)[0])
         row = int(np.searchsorted(data.indptr, first, side="right")) - 1
         raise not_finite(int(bad.sum()), (row, int(data.indices[first])), num_entries=data.nnz)
-    sums = np.bincount(data.indices, weights=data.data, minlength=num_features)
-    centre = sums / num_samples if mean is None else mean
+    centre = _mean(data) if mean is None else mean
     square = _sum_of_squares(data, centre)
     if not np.isfinite(square):
         raise InputError("too-large", "got entries so large that their squares overflow, expected absolute values below 1e+148. Divide by a constant.")
-    return SparseCovariance(data, centre, square / (num_samples - 1))
+    return SparseCovariance(data, centre, square / (num_samples - 1), constant=_constant_columns(data) if mean is None else None)
+
+
+def _mean(data: Any) -> NDArray[Any]:
+    """Mean of each column, with what rounding left of it in the first pass put right in a second, as a huge column has its rounding squared later."""
+    num_samples, num_features = data.shape
+    stored = np.bincount(data.indices, minlength=num_features)
+    first = np.bincount(data.indices, weights=data.data, minlength=num_features) / num_samples
+    off = -(num_samples - stored) * first  # (features,), of the entries that are not stored
+    for start in range(0, data.nnz, CHUNK_ENTRIES):
+        here = data.indices[start : start + CHUNK_ENTRIES]
+        off += np.bincount(here, weights=data.data[start : start + CHUNK_ENTRIES] - first[here], minlength=num_features)
+    return first + off / num_samples  # type: ignore[no-any-return]
+
+
+def _constant_columns(data: Any) -> NDArray[np.intp] | None:
+    """Columns whose entries are all stored and all the same, or None. Few columns of sparse data have all entries stored."""
+    full = np.flatnonzero(np.bincount(data.indices, minlength=data.shape[1]) == data.shape[0])
+    if not len(full):
+        return None
+    lowest, highest = np.full(data.shape[1], np.inf), np.full(data.shape[1], -np.inf)
+    for start in range(0, data.nnz, CHUNK_ENTRIES):
+        here, entries = data.indices[start : start + CHUNK_ENTRIES], data.data[start : start + CHUNK_ENTRIES]
+        np.minimum.at(lowest, here, entries)
+        np.maximum.at(highest, here, entries)
+    constant = full[lowest[full] == highest[full]]
+    return constant if len(constant) else None
 
 
 def _sum_of_squares(data: Any, centre: NDArray[Any]) -> float:
@@ -185,13 +222,38 @@ def operator_covariance(X: LinearOperator, *, mean: NDArray[Any] | None) -> Oper
     if X.dtype is not None:
         check_dtype(np.dtype(X.dtype))
     num_samples = X.shape[0]
-    sums = np.asarray(X.rmatvec(np.ones(num_samples)), dtype=np.float64)
+    sums = _transposed(X, np.ones(num_samples))
     num_bad = int((~np.isfinite(sums)).sum())
     if num_bad:
         first = int(np.flatnonzero(~np.isfinite(sums))[0])
         raise InputError("not-finite", f"X has NaN or infinite column sums for {num_bad} features, the first is feature {first}. Check the operator.")
+    _check_adjoint(X)
     centred = OperatorCovariance(X, sums / num_samples if mean is None else mean, np.nan)
     return OperatorCovariance(X, centred.mean, _trace(centred))
+
+
+def _transposed(X: LinearOperator, vector: NDArray[Any]) -> NDArray[Any]:
+    try:
+        return np.asarray(X.rmatvec(vector), dtype=np.float64)
+    except NotImplementedError as error:
+        raise InputError(
+            "operator-without-adjoint", "got a LinearOperator without rmatvec, expected products with the data from both sides. Pass rmatvec to it."
+        ) from error
+
+
+def _check_adjoint(X: LinearOperator) -> None:
+    """Refuse two products that are not of one matrix: ``u (X v)`` and ``v (X^T u)`` are one number. Eigenvalues would be wrong, and intervals too."""
+    rng = np.random.default_rng(0)
+    right, left = rng.standard_normal(X.shape[1]), rng.standard_normal(X.shape[0])
+    image, back = np.asarray(X.matvec(right), dtype=np.float64), _transposed(X, left)
+    one, other = float(left @ image), float(right @ back)
+    rounding = ADJOINT_SINGLE if X.dtype is not None and np.dtype(X.dtype) == np.float32 else ADJOINT_DOUBLE
+    if not abs(one - other) <= rounding * float(np.linalg.norm(left)) * float(np.linalg.norm(image)) + np.finfo(float).tiny:
+        raise InputError(
+            "operator-adjoint",
+            f"got an operator whose rmatvec does not belong to its matvec: u (X v) is {one:.6g} and v (X^T u) is {other:.6g} for random u and v, "
+            "expected the same number. Check rmatvec.",
+        )
 
 
 def _trace(centred: OperatorCovariance) -> float:

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import ArpackError
 
 from partwise.checks import InputError, check_at_least, check_choice
-from partwise.decompose._eigen_estimator import Progress, Solved
+from partwise.decompose._eigen_estimator import Progress, Solved, counted
 from partwise.decompose._eigen_rounds import Eigenpairs, EigenPart, EigenResult, ParallelDeflation
 from partwise.decompose._eigen_steps import Ahead, Mover, is_drowned
+from partwise.decompose._units import unit_of
 from partwise.decompose.parallel_deflation import RoundEstimator
 from partwise.linalg.bounds import deflation_error_bound
 from partwise.linalg.products import one_blas_thread
@@ -267,14 +268,16 @@ class HotellingDeflationPCA(RoundEstimator):
     def fit_from(self, covariance: Covariance, *, start: Eigenpairs | None = None, progress: Progress | None = None) -> Self:
         """As in the parent; also fills in the account of errors."""
         super().fit_from(covariance, start=start, progress=progress)
-        found, count = self._search, self.n_components_
+        unit = unit_of(covariance.total_variance)
+        found, count = self._search, self.n_components_  # in this unit, as everything that is computed with below
         del self._search
         place = np.abs(found.vectors[:count] @ self.components_.T.astype(found.vectors.dtype)).argmax(axis=0)  # where component k was found
-        upper, gaps = self._upper_values_and_gaps()
-        to_last = np.append(math.inf, self.eigenvalue_intervals_[:-1, 0]) - self.eigenvalue_intervals_[:, 1]  # (K,), to the eigenvalue in front
-        self.residual_bounds_: NDArray[np.float64] = _distances(self.residuals_, np.minimum(gaps, to_last))
+        upper, gaps = self._upper_values_and_gaps(unit)
+        intervals = self.eigenvalue_intervals_ / unit
+        to_last = np.append(math.inf, intervals[:-1, 0]) - intervals[:, 1]  # (K,), to the eigenvalue in front
+        self.residual_bounds_: NDArray[np.float64] = _distances(self.residuals_ / unit, np.minimum(gaps, to_last))
         offsets = np.where(place == np.arange(count), self.residual_bounds_, FARTHEST)  # found out of turn, it is no approximation of its own
-        deltas = self._distances_of_searches(found.values[:count], found.residuals[:count], upper, offsets)
+        deltas = self._distances_of_searches(found.values[:count], found.residuals[:count], upper, offsets, intervals)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # a missing gap shows in the numbers
             errors = deflation_error_bound(upper.tolist(), deltas.tolist(), gaps=gaps.tolist())
@@ -283,23 +286,28 @@ class HotellingDeflationPCA(RoundEstimator):
         self.num_steps_: NDArray[np.int64] = np.array(self.round_method(covariance, 0).num_steps_taken(found)[:count])[place]
         return self
 
-    def _upper_values_and_gaps(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def _upper_values_and_gaps(self, unit: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Upper bounds (K + 1,) on the largest eigenvalues, and lower bounds (K,) on their gaps, as far as certificate and probe go."""
-        lower, upper = self.eigenvalue_intervals_.T
+        lower, upper = self.eigenvalue_intervals_.T / unit
         test = self.missed_value_test_
         smallest = float(np.linalg.svd(self.components_, compute_uv=False)[-1])
         # Eigenvalues that belong to no interval are at most this (Weyl); none of them may lie between two that do.
-        others = max(test.bound, 0.0) + float(np.linalg.norm(self.residuals_)) / smallest if test.passed else math.inf
+        others = max(test.bound / unit, 0.0) + float(np.linalg.norm(self.residuals_ / unit)) / smallest if test.passed else math.inf
         highest = np.maximum.accumulate(np.append(upper, min(others, float(upper.max())))[::-1])[::-1]  # (K + 1,), descending
         return highest, lower - np.maximum(highest[1:], others)
 
     def _distances_of_searches(
-        self, values: NDArray[np.float64], residuals: NDArray[np.float64], upper: NDArray[np.float64], offsets: NDArray[np.float64]
+        self,
+        values: NDArray[np.float64],
+        residuals: NDArray[np.float64],
+        upper: NDArray[np.float64],
+        offsets: NDArray[np.float64],
+        intervals: NDArray[np.float64],
     ) -> NDArray[np.float64]:
         """``delta_k`` at most, in the order of the searches: the residual of each on its matrix, over the distance to other eigenvalues there."""
-        widths = np.diff(self.eigenvalue_intervals_, axis=1)[:, 0]
+        widths = np.diff(intervals, axis=1)[:, 0]
         # What was taken away for component k is at most this far from lambda_k u_k u_k^T.
-        moved = np.abs(values - self.eigenvalue_intervals_.mean(axis=1)) + widths / 2 + upper[:-1] * offsets
+        moved = np.abs(values - intervals.mean(axis=1)) + widths / 2 + upper[:-1] * offsets
         differences = np.append(0.0, np.cumsum(moved)[:-1])  # how far each matrix is from what exact components would have left
         return _distances(residuals, values - upper[1:] - differences)
 
@@ -307,7 +315,8 @@ class HotellingDeflationPCA(RoundEstimator):
         missing = self.n_components_ + 1
         return (
             f"Component {missing} is not resolvable: what the components in front leave over is no larger than rounding and their own errors. The fit has "
-            f"{self.n_components_} components. Pass n_components={self.n_components_}, or lower tol and raise num_steps if the data have more directions."
+            f"{counted(self.n_components_, 'component')}. Pass n_components={self.n_components_}, or lower tol and raise num_steps if the data have "
+            "more directions."
         )
 
     def _advice(self) -> str:

@@ -6,17 +6,20 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
+import scipy.sparse
 from numpy.typing import NDArray
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import validate_data
 
 from partwise.checks import InputError, check_at_least, check_choice
-from partwise.decompose._covariance import GramCovariance
 from partwise.decompose._eigen_estimator import EigenEstimator, Progress, Solved, positive_largest, rayleigh_ritz
-from partwise.decompose._eigen_rounds import Eigenpairs, ParallelDeflation, check_tol, random_eigenpairs
+from partwise.decompose._eigen_rounds import Eigenpairs, ParallelDeflation, random_eigenpairs
 from partwise.decompose._eigen_runs import solve_rounds
+from partwise.decompose._eigen_settings import check_tol
 from partwise.decompose._eigen_stream import EigenStream, StreamCovariance
 from partwise.decompose._modes import check_mode
+from partwise.decompose._moments import RANGE, check_integers, check_precision
+from partwise.decompose._units import without_rows
 from partwise.engine import Engine, open_engine
 
 if TYPE_CHECKING:
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ParallelDeflationPCA", "RoundEstimator"]
 
+OF_A_FIT = ("residuals_", "eigenvalue_intervals_", "missed_value_test_", "converged_", "history_", "n_iter_", "schedule_", "traffic_")
+SMALLEST = 1e-130  # sizes of a batch: the square of rounding in the square of anything smaller vanishes
 SETTLED = 0.5  # of tol: overlapping intervals and rounding must still fit into it
 
 
@@ -61,8 +66,8 @@ class RoundEstimator(EigenEstimator):
 
     def _solve(self, covariance: Covariance, seed: int, *, start: Eigenpairs | None = None, progress: Progress | None = None) -> Solved:
         method = self.round_method(covariance, seed)
-        if method.batch_size is None and isinstance(covariance, GramCovariance):
-            method = replace(method, covariance=replace(covariance, source=None))  # the rows need not travel
+        if method.batch_size is None:
+            method = replace(method, covariance=without_rows(covariance))
         if start is None:
             start = random_eigenpairs(
                 self.n_components, covariance.num_features, seed=seed, dtype=covariance.dtype, with_moments=method.solver == "adam"
@@ -255,8 +260,8 @@ class ParallelDeflationPCA(RoundEstimator):
 
         Parameters
         ----------
-        X : array-like of shape (n_samples, n_features)
-            Any number of rows, from one on.
+        X : array-like or sparse matrix of shape (n_samples, n_features)
+            Any number of rows, from one on. A sparse batch is made dense.
         y : None
             Ignored.
 
@@ -268,7 +273,7 @@ class ParallelDeflationPCA(RoundEstimator):
         Raises
         ------
         InputError
-            When ``mode="async"``, since a round on one batch has an end that all wait for. A ``ValueError``.
+            When ``mode="async"``, since a round on one batch has an end that all wait for, or numbers of the batch cannot be used. A ``ValueError``.
         """
         check_at_least(self.n_components, 1, name="n_components")
         self._check_settings()
@@ -280,9 +285,10 @@ class ParallelDeflationPCA(RoundEstimator):
             )
         stream = getattr(self, "_stream", None)
         fitted = hasattr(self, "components_")
-        X = validate_data(self, X, dtype=[np.float64, np.float32], reset=stream is None and not fitted)
+        X = validate_data(self, X, accept_sparse=["csr", "csc"], dtype="numeric", reset=stream is None and not fitted)
+        rows = _dense_batch(X)
         if stream is None:
-            self._dtype = self.components_.dtype if fitted else X.dtype
+            self._dtype = self.components_.dtype if fitted else np.dtype(np.float32 if X.dtype == np.float32 else np.float64)
             seed = int(check_random_state(self.random_state).randint(np.iinfo(np.int32).max))
             if self.n_components > X.shape[1]:
                 raise InputError(
@@ -292,7 +298,9 @@ class ParallelDeflationPCA(RoundEstimator):
                 )
             stream = self._first_stream(X.shape[1], seed)
         with open_engine(self.engine, num_workers=self.num_workers, seed=stream.seed) as engine:
-            self._stream = stream.joined(X.astype(np.float64), self._stream_method, engine=engine)
+            self._stream = stream.joined(rows, self._stream_method, engine=engine)
+        for name in OF_A_FIT:  # these rows are not what they speak of
+            self.__dict__.pop(name, None)
         self.n_samples_seen_ = self._stream.num_samples
         self._learn(self._stream, positive_largest(self._stream.vectors[: self.n_components]), self._stream.values[: self.n_components])
         return self
@@ -319,3 +327,17 @@ class ParallelDeflationPCA(RoundEstimator):
             tol=SETTLED * self.tol,
             seed=seed,
         )
+
+
+def _dense_batch(X: Any) -> NDArray[np.float64]:
+    """A batch in float64, once its numbers are known to fit."""
+    check_precision(X.dtype)
+    values = X.data if scipy.sparse.issparse(X) else X
+    check_integers(values)
+    rows: NDArray[np.float64] = (X.toarray() if scipy.sparse.issparse(X) else X).astype(np.float64)
+    largest = float(np.abs(rows).max())
+    if largest > RANGE or 0 < largest < SMALLEST:
+        limit = f"below {RANGE:.0e}" if largest > RANGE else f"above {SMALLEST:.0e}"
+        code = "too-large" if largest > RANGE else "too-small"
+        raise InputError(code, f"got a batch with entries up to {largest:.0e} in size, expected absolute values {limit}. Divide all batches by a constant.")
+    return rows
