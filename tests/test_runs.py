@@ -88,6 +88,13 @@ def test_resuming_names_every_difference_with_got_and_expected(tmp_path: Path) -
         Pass the settings it was made with, or choose another --out.""")
 
 
+def test_resuming_on_ray_or_without_it_is_no_other_version(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    RunFolder.create(tmp_path, changed())
+    with caplog.at_level("WARNING"):
+        RunFolder.resume(tmp_path, changed(versions={**HEADER["versions"], "ray": "2.60.0"}))
+    assert caplog.messages == []
+
+
 def test_resuming_with_another_command_line_or_library_is_allowed_and_versions_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     RunFolder.create(tmp_path, HEADER)
     with caplog.at_level(logging.WARNING):

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partwise.checks import InputError
-from partwise.commands import Command
-from partwise.runs import RunFolder, flat_settings, fresh_run
+from partwise.commands import Command, Report
+from partwise.runs import RunFolder, Stopped, flat_settings, fresh_run
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -225,9 +225,17 @@ def job_command(
         See `Command`.
     """
     out = run.out or fresh_run(name)
-    return Command(
-        work=lambda report: work(out=out, command=words, resume=run.resume, report=report), show=show, json=run.json, resume=resume_command(words, out)
-    )
+    is_ours = run.resume or not RunFolder.exists(out)
+
+    def work_or_stop(report: Report) -> dict[str, Any]:
+        try:
+            return work(out=out, command=words, resume=run.resume, report=report)
+        except KeyboardInterrupt as error:
+            if isinstance(error, Stopped) or not (is_ours and RunFolder.exists(out)):
+                raise
+            raise Stopped(out) from error  # before the first step, or while it was leaving
+
+    return Command(work=work_or_stop, show=show, json=run.json, resume=resume_command(words, out))
 
 
 def resume_command(command: Sequence[str], out: Path) -> str:

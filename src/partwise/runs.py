@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 Status = Literal["running", "interrupted", "finished"]
 COMPARED = ("room", "method", "settings", "seed", "data")  # these decide the result; command and versions do not have to agree
+MOVERS = {"ray"}  # libraries that move parts and compute nothing: their versions have no influence on bits
 
 
 class RunFolder:
@@ -134,7 +135,8 @@ class RunFolder:
                 + "\n  ".join(differences)
                 + "\nPass the settings it was made with, or choose another --out.",
             )
-        for line in _differences("versions", asked.get("versions"), stored.get("versions")):
+        got, expected = ({name: value for name, value in header.get("versions", {}).items() if name not in MOVERS} for header in (asked, stored))
+        for line in _differences("versions", got, expected):
             logger.warning("resuming with another version, so the bits may differ: %s", line)
         clear_leftovers(path)
         run._drop_torn_line()

@@ -45,7 +45,7 @@ def test_flags_of_a_decomposition_are_the_arguments_of_its_estimator(method: str
     for name in inspect.signature(load_target(METHODS[method])).parameters:
         flag = "--seed" if name == "random_state" else f"--{name.replace('_', '-')}"
         assert flag in said
-    for flag in ("--key", "--address", "--out", "--resume", "--json", "--checkpoint-every"):
+    for flag in ("--key", "--address", "--timeout", "--out", "--resume", "--json", "--checkpoint-every"):
         assert flag in said
     assert "References" not in said
 
@@ -108,6 +108,42 @@ def test_a_config_file_may_name_method_and_file(tmp_path: Path):
 
 def test_several_step_numbers_are_read_as_a_list():
     assert tuple(read_decompose_flags(["hotelling-deflation-pca", "--num-steps", "3", "5"])[1].method.num_steps) == (3, 5)
+
+
+def test_another_engine_leaves_the_cluster_of_the_stored_run_behind(tmp_path: Path):
+    place = {"engine": "ray", "num_workers": 2, "address": "auto", "timeout": 30.0}
+    RunFolder.create(tmp_path / "run", {"room": "decompose", "settings": {"method": "eigengame"}, "place": place})
+    _, flags = read_decompose_flags(["--out", str(tmp_path / "run"), "--resume"])
+    assert vars(flags.place) == place
+    _, flags = read_decompose_flags(["--out", str(tmp_path / "run"), "--resume", "--engine", "inline"])
+    assert vars(flags.place) == {"engine": "inline", "num_workers": 2, "address": None, "timeout": None}
+
+
+@pytest.mark.parametrize("moment", ["partwise.runs.RunFolder.set_status", "partwise.decompose._recorder.Recorder.restore"])
+def test_ctrl_c_before_the_first_round_says_how_to_resume(
+    moment: str, tmp_path: Path, matrix: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(moment, interrupt)
+        assert run("decompose", matrix, "--n-components", 2, "--out", tmp_path / "run") == 130
+    said = capsys.readouterr().err
+    assert f"--n-components 2 --out {tmp_path / 'run'} --resume" in said
+    assert run("decompose", "--out", tmp_path / "run", "--resume") == 0
+
+
+def test_ctrl_c_before_there_is_a_run_only_stops(
+    tmp_path: Path, matrix: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("partwise.decompose._covariance.covariance_of", interrupt)
+    assert run("decompose", matrix, "--out", tmp_path / "run") == 130
+    assert capsys.readouterr().err.strip() == "stopped."
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -163,6 +163,10 @@ def write_constant(path: Path) -> Path:
         (None, {"mode": "async", "solver": "lanczos"}, "mode='async' with solver='lanczos'"),
         (None, {"checkpoint_every": 0}, "--checkpoint-every is 0, expected at least 1"),
         (None, {"method": "fly"}, "method='fly' is not known"),
+        (None, {"seed": -1}, r"--seed is -1, expected 0 to 4294967295\. Choose one of these"),
+        (None, {"seed": 99_999_999_999}, "--seed is 99999999999, expected 0 to 4294967295"),
+        (None, {"place": Place(timeout=9)}, "got timeout=9 for the inline engine, expected none"),
+        (None, {"place": Place(engine="ray", timeout=0)}, "got timeout=0, expected more than 0 seconds"),
         (None, {"method": "sequential-rank-one-regression"}, "predicts a target y, and the command reads one matrix.* import SequentialRankOneRegression"),
     ],
 )
@@ -171,6 +175,15 @@ def test_bad_input_is_refused_and_leaves_nothing_behind(make: Any, changes: dict
     with pytest.raises(InputError, match=message):
         run_small(path, tmp_path / "runs" / "bad", **changes)
     assert not (tmp_path / "runs" / "bad").exists()
+
+
+def test_entries_that_are_nan_are_named_with_their_file_and_column(tmp_path: Path):
+    (tmp_path / "people.csv").write_text("height,weight\n1,2\n3,nan\n5,7\n")
+    with pytest.raises(InputError, match=r"^people\.csv has 1 NaN or infinite entries out of 6, the first in row 1, column 1, 'weight' \(counted from 0\)"):
+        run_small(tmp_path / "people.csv", tmp_path / "run", n_components=1)
+    np.save(tmp_path / "x.npy", [[1.0, 2.0], [np.inf, 3.0], [1.0, 5.0]])
+    with pytest.raises(InputError, match=r"^x\.npy has 1 NaN or infinite entries out of 6, the first in row 1, column 0 \(counted"):
+        run_small(tmp_path / "x.npy", tmp_path / "run", n_components=1)
 
 
 def test_a_key_without_a_file_is_refused(tmp_path: Path):

@@ -116,6 +116,7 @@ def test_a_missed_eigenvalue_is_the_headline(finished: Path):
     unsure = summary["missed_value_test"] | {"missable": 0.7}
     assert "could still be hidden" in verdict_of(summary | {"missed_value_test": unsure})
     assert "not every component is within the tolerance" in verdict_of(summary | {"converged": False})
+    assert "rounds the largest residual is" in verdict_of(summary | {"converged": False, "tol": 0.0})  # nobody asked for a tolerance
 
 
 @pytest.mark.parametrize(("values", "is_logarithmic"), [([3.0, 2.0, 1.0], False), ([1000.0, 10.0, 1.0], True), ([2.0, 1.0, 0.0], False), ([1.0], False)])

@@ -195,8 +195,9 @@ def test_an_asynchronous_run_with_faults_replays_inline_to_the_same_bits(tmp_pat
     with RayActors(2, timeout=1.5) as engine:
         state, schedule = run_async(faulty, start, engine=engine, num_updates=20, max_staleness=max_staleness)
     assert schedule.num_updates == 20
-    assert max_staleness is None or max(schedule.ages) <= max_staleness
-    assert (engine.traffic.num_lost, engine.traffic.num_refused) == (1, 2)
+    if max_staleness is not None:  # without a bound the other worker may be done with all updates before the death is noticed
+        assert max(schedule.ages) <= max_staleness
+        assert (engine.traffic.num_lost, engine.traffic.num_refused) == (1, 2)
     replayed, _ = run_async(method, start, schedule=schedule)
     assert_close(replayed.vectors, state.vectors, claim="what went wrong on the way is not in the schedule, and need not be", **SAME_BITS)
 

@@ -31,6 +31,7 @@ than memory are read in chunks, sparse matrices stay sparse.
   partwise decompose data.npy --engine ray --num-workers 4           the same bits from four workers on this machine
   partwise decompose data.npy --engine ray --address auto            on a cluster that runs already
   partwise decompose data.npy --engine ray --mode async              nobody waits for anybody
+  partwise decompose data.npy --engine ray --timeout 30              a worker that takes longer is passed by
   partwise decompose data.npy --solver hebb --batch-size 1000        learn from batches
   partwise decompose data.npy --out runs/first                       where the run goes; Ctrl-C saves it,
   partwise decompose --out runs/first --resume                       and this goes on to the same bits

@@ -49,11 +49,15 @@ class PlaceFlags:
         Workers. Left out: one per core, at most one per part.
     address : str or None
         Address of a Ray cluster that runs already: auto, or ray://host:port. Left out: one is started on this machine.
+    timeout : float or None
+        Seconds after which the parts of a Ray worker that does not answer are sent to a fresh one too; more often than three times ends the run.
+        Left out: ten times what the slowest answer took and at least a minute, and the run does not end.
     """
 
     engine: Literal["inline", "ray"] = "inline"
     num_workers: int | None = None
     address: str | None = None
+    timeout: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +116,7 @@ def read_decompose_flags(arguments: list[str]) -> tuple[str, Any]:
     given = None if first is None or is_file(first) else first
     rest = arguments if given is None else arguments[1:]
     config = read_config(flag_value(rest, "--config"))
-    stored = stored_run(flag_value(rest, "--out")) if "--resume" in rest else {}
+    stored = stored_run(flag_value(rest, "--out"), engine=flag_value(rest, "--engine")) if "--resume" in rest else {}
     named = config.pop("method", None)
     name = given or named or stored.get("method") or PARALLEL
     estimator = estimator_class(name)
@@ -129,9 +133,12 @@ def is_file(word: str) -> bool:
     return word not in METHODS and ("/" in word or bool(Path(word).suffix) or Path(word).exists())
 
 
-def stored_run(out: str | None) -> dict[str, Any]:
-    """Flags of the run in ``out`` by name, from its ``run.json``."""
+def stored_run(out: str | None, *, engine: str | None) -> dict[str, Any]:
+    """Flags of the run in ``out`` by name, from its ``run.json``; with another engine, those of a cluster do not count any more."""
     settings = stored_settings(out, room="decompose")
     assert out is not None
     header = RunFolder.open(Path(out)).header
-    return {"seed": header.get("seed", 0), **settings, **header.get("place", {})}
+    place = header.get("place", {})
+    if engine not in {None, place.get("engine")}:
+        place = {name: value for name, value in place.items() if name not in {"address", "timeout"}}
+    return {"seed": header.get("seed", 0), **settings, **place}

@@ -50,7 +50,8 @@ def verdict_of(summary: Mapping[str, Any]) -> str:
     """Whether the result can be trusted, in words: how far from eigenvectors, and whether one was missed."""
     worst = summary["worst_residual"]
     settled = "every component is" if summary["converged"] else "not every component is"
-    sentence = f"After {summary['num_rounds']:,} rounds {settled} within the tolerance; the largest residual is {worst:.1e} of the largest eigenvalue."
+    held = f"{settled} within the tolerance; " if summary["converged"] or summary.get("tol") != 0 else ""  # with 0 there is nothing to hold
+    sentence = f"After {summary['num_rounds']:,} rounds {held}the largest residual is {worst:.1e} of the largest eigenvalue."
     test = summary.get("missed_value_test")
     if test is None:
         return sentence

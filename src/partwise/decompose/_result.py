@@ -70,6 +70,7 @@ def finish_run(
         "share": sum(row["share"] for row in rows),
         "worst_residual": max(row["residual"] for row in rows) / rows[0]["value"],
         "converged": bool(estimator.converged_),
+        "tol": float(estimator.tol),
         "num_rounds": int(estimator.n_iter_),
         "missed_value_test": None if test is None else plain(dataclasses.asdict(test)),
         "warnings": list(said),

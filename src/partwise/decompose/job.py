@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 import platform
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 PARALLEL = "parallel-deflation-pca"
 DIGITS = "scikit-learn's digits"
+LARGEST_SEED = 2**32 - 1  # that scikit-learn takes
 LIBRARIES = ("numpy", "scipy", "scikit-learn", "safetensors")
 
 Report = Callable[[str, int, int, str], None]
@@ -46,11 +48,15 @@ class Place:
         Workers. Left out: one per core, at most one per part.
     address : str or None
         Address of a running Ray cluster, ``auto`` or ``ray://host:port``. Left out: a cluster on this machine, for this run.
+    timeout : float or None
+        Seconds after which the parts of a worker that does not answer are sent to a fresh one too. Left out: ten times what the slowest answer took,
+        and at least a minute.
     """
 
     engine: str = "inline"
     num_workers: int | None = None
     address: str | None = None
+    timeout: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +141,8 @@ def decompose(
     check_place(out, resume=resume)
     if checkpoint_every is not None and checkpoint_every < 1:
         raise InputError("setting-out-of-range", f"--checkpoint-every is {checkpoint_every}, expected at least 1. Raise it.")
+    if not 0 <= seed <= LARGEST_SEED:
+        raise InputError("setting-out-of-range", f"--seed is {seed}, expected 0 to {LARGEST_SEED}. Choose one of these.")
     place = place or Place()
     estimator = estimator_class(method)(**settings, random_state=seed)
     check_at_least(estimator.n_components, 1, name="n_components")
@@ -181,10 +189,13 @@ def work(job: Job, open_run: Callable[[], RunFolder]) -> dict[str, Any]:
     from partwise.engine import open_engine
 
     place, estimator = job.place, job.estimator
-    opened = open_engine(place.engine, num_workers=place.num_workers, num_parts=num_parts(estimator), address=place.address, seed=job.seed)
+    opened = open_engine(
+        place.engine, num_workers=place.num_workers, num_parts=num_parts(estimator), address=place.address, timeout=place.timeout, seed=job.seed
+    )
     with opened as engine:
         job.report("covariance", 0, 1, "")
-        covariance = covariance_of(job.data.rows)
+        with entries_named(job.data):
+            covariance = covariance_of(job.data.rows)
         estimator._check_fit_of(covariance)
         run = open_run()
         run.set_status("running")
@@ -199,6 +210,21 @@ def work(job: Job, open_run: Callable[[], RunFolder]) -> dict[str, Any]:
         except KeyboardInterrupt:
             run.set_status("interrupted")
             raise Stopped(run.path) from None
+
+
+@contextmanager
+def entries_named(data: Matrix) -> Iterator[None]:
+    """Say of which file NaN entries are, and what their column is called."""
+    try:
+        yield
+    except InputError as error:
+        if error.code != "not-finite":
+            raise
+        text = str(error).replace("X has", f"{data.name} has", 1)
+        place = re.search(r"column (\d+)", text)
+        if place is not None and data.columns is not None:
+            text = text.replace(place[0], f"{place[0]}, {data.columns[int(place[1])]!r}", 1)
+        raise InputError(error.code, text) from error
 
 
 @contextmanager
