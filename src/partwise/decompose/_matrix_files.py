@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +14,18 @@ from numpy.typing import NDArray
 from scipy import io, sparse
 
 from partwise.checks import InputError
+from partwise.decompose._file_errors import chosen_array, key_without_arrays, plain, text_columns
 from partwise.decompose._fingerprint import fingerprint_of_path
-from partwise.decompose._readers import NpyRows, ParquetRows, RowSource, ZarrRows, array_not_named, check_dtype, text_columns
+from partwise.decompose._readers import NpyRows, ParquetRows, RowSource, ZarrRows, check_dtype
 
 __all__ = ["SUFFIXES", "open_matrix", "open_rows"]
 
+logger = logging.getLogger(__name__)
+
 IN_MEMORY = 1 << 28  # bytes of a dense matrix up to which it is loaded; a larger one is read in chunks, each time it is needed
 SEPARATORS = ",;\t"
+WITH_ARRAYS = {".npz", ".zarr"}  # formats that can hold several
+INDEX_NAMES = {"", "Unnamed: 0", "__index_level_0__"}  # under which pandas writes its index
 
 Names = tuple[str, ...] | None
 
@@ -44,7 +50,8 @@ def open_matrix(path: str | Path, *, key: str | None = None) -> tuple[Any, Names
     ------
     InputError
         ``data-not-found``, ``file-unreadable``, ``unknown-format``, ``broken-file`` (empty, cut short, damaged), ``no-rows``, ``not-numbers`` (which
-        columns), ``not-finite`` (empty cells), ``wrong-encoding``, ``object-array``, ``complex-input`` or ``array-not-named``.
+        columns), ``not-finite`` (empty cells), ``wrong-encoding``, ``object-array``, ``complex-input`` or ``array-not-named``,
+        or ``key-without-arrays``.
     MissingExtra
         When parquet or zarr needs the extra ``data``.
     """
@@ -54,6 +61,8 @@ def open_matrix(path: str | Path, *, key: str | None = None) -> tuple[Any, Names
         ending = place.suffix or "no ending"
         raise InputError("unknown-format", f"{place} has {ending}, expected one of {', '.join(SUFFIXES)}. Save the data in one of these formats.")
     _check_there(place)
+    if key is not None and place.suffix.lower() not in WITH_ARRAYS:
+        raise key_without_arrays(place, key)
     try:
         data, names = opener(place, key)
     except OSError as error:
@@ -63,6 +72,11 @@ def open_matrix(path: str | Path, *, key: str | None = None) -> tuple[Any, Names
         raise InputError("data-shape", f"{place} holds an array of shape {data.shape}, expected samples and features. Reshape it and save again.")
     if not data.shape[0] or not data.shape[1]:
         raise InputError("no-rows", f"{place} holds a matrix of shape {data.shape}, expected at least 2 rows and 1 column. Check that it is the right file.")
+    index = next((name for name in names or () if name.strip() in INDEX_NAMES), None)
+    if index is not None:
+        logger.warning(
+            "%s has a column named %r, as pandas names its index; it is used as a feature. If it is one, write the file again with index=False.", place, index
+        )
     fingerprint = fingerprint_of_path(place, shape=data.shape, dtype=data.dtype)
     return data, names, fingerprint if key is None else fingerprint | {"key": key}
 
@@ -111,6 +125,8 @@ def open_rows(path: str | Path, *, key: str | None = None) -> RowSource:
         ending = place.suffix or "no ending"
         raise InputError("unknown-format", f"{place} has {ending}, expected one of {', '.join(openers)}. Load other formats and pass the array.")
     _check_there(place)
+    if key is not None and place.suffix.lower() not in WITH_ARRAYS:
+        raise key_without_arrays(place, key)
     try:
         return opener()
     except OSError as error:
@@ -158,24 +174,23 @@ def _open_npz(path: Path, key: str | None) -> tuple[Any, Names]:
         with np.load(path, allow_pickle=False) as arrays:
             names = list(arrays)
             if {"format", "shape", "data"} <= set(names):
+                if key is not None:
+                    raise key_without_arrays(path, key)
                 return sparse.csr_array(sparse.load_npz(path)), None
-            key = key if key is not None else names[0] if len(names) == 1 else None
-            if key not in names:
-                raise array_not_named(path, names)
-            return arrays[key], None
+            return arrays[chosen_array(path, names, key)], None
     except InputError:
         raise
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
         if "allow_pickle" in str(error):
             check_dtype(np.dtype(object), path=str(path))
-        raise InputError("broken-file", f"{path} is no sound .npz file: {error}. Export it again.") from error
+        raise InputError("broken-file", f"{path} is no sound .npz file: {plain(error)}. Export it again.") from error
 
 
 def _open_mtx(path: Path, key: str | None) -> tuple[Any, Names]:
     try:
         data = io.mmread(path)
     except (ValueError, OverflowError, EOFError) as error:
-        raise InputError("broken-file", f"{path} is no sound Matrix Market file: {error}. Export it again with scipy.io.mmwrite.") from error
+        raise InputError("broken-file", f"{path} is no sound Matrix Market file: {plain(error)}. Export it again with scipy.io.mmwrite.") from error
     return (sparse.csr_array(data) if sparse.issparse(data) else data), None
 
 
@@ -234,8 +249,9 @@ def _what_is_wrong(path: Path, separator: str, names: Names, error: ValueError) 
     if text:
         return text_columns(path, [names[column] if names else str(column + 1) for column in text])
     if num_empty:
-        return InputError("not-finite", f"{path} has {num_empty} empty cells, the first in {first_empty}. Fill them in, or drop these rows.")
-    return InputError("broken-file", f"{path} cannot be read as numbers: {error}. Repair it or export it again.")
+        cells = "1 empty cell," if num_empty == 1 else f"{num_empty} empty cells, the first"
+        return InputError("not-finite", f"{path} has {cells} in {first_empty}. Fill in what is missing, or drop these rows.")
+    return InputError("broken-file", f"{path} cannot be read as numbers: {plain(error)}. Repair it or export it again.")
 
 
 def _wrong_encoding(path: Path) -> InputError:

@@ -7,7 +7,7 @@ a killed process, and what was read does not stay in the memory of this process.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from io import FileIO
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from partwise.checks import InputError, load_extra
+from partwise.decompose._file_errors import chosen_array, key_without_arrays, plain, text_columns
 from partwise.decompose._fingerprint import fingerprint_of_array, fingerprint_of_path
 
 __all__ = ["ArrayRows", "NpyRows", "ParquetRows", "RowSource", "ZarrRows", "check_dtype", "rows_of"]
@@ -131,7 +132,7 @@ class NpyRows:
                 shape, by_columns, dtype = read(file)
                 offset, size = file.tell(), file.seek(0, 2)
         except ValueError as error:
-            raise InputError("broken-file", f"{path} is no .npy file: {error}. Export it again with numpy.save.") from error
+            raise InputError("broken-file", f"{path} is no .npy file: {plain(error)}. Export it again with numpy.save.") from error
         if len(shape) != 2:
             raise InputError("data-shape", f"{path} holds an array of shape {shape}, expected a matrix of samples and features. Reshape it and save again.")
         check_dtype(dtype, path=str(path))
@@ -257,20 +258,14 @@ def _parquet_file(path: str | Path) -> Iterator[Any]:
     """An open parquet file; what Arrow raises while it is read says which file is damaged."""
     arrow, parquet = load_extra("pyarrow", extra="data"), load_extra("pyarrow.parquet", extra="data")
     try:
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path, page_checksum_verification=True) as file:  # files without checksums are read as they are
             yield file
     except (arrow.ArrowException, OSError) as error:
-        raise InputError("broken-file", f"{path} is no sound parquet file: {error}. Export it again.") from error
+        raise InputError("broken-file", f"{path} is no sound parquet file: {plain(error)}. Export it again.") from error
 
 
 def _is_number(arrow: Any, kind: Any) -> bool:
     return bool(arrow.types.is_integer(kind) or arrow.types.is_floating(kind) or arrow.types.is_boolean(kind))
-
-
-def text_columns(path: str | Path, names: Sequence[str]) -> InputError:
-    """The error for columns of a file that hold something else than numbers."""
-    shown = ", ".join(repr(name) for name in names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    return InputError("not-numbers", f"{path} has columns that are not numbers: {shown}. Drop them, or encode them as numbers.")
 
 
 def _regroup(batches: Iterable[NDArray[Any]], size: int) -> Iterator[NDArray[Any]]:
@@ -313,12 +308,12 @@ class ZarrRows:
         try:
             found = zarr.open(str(path), mode="r")
         except Exception as error:  # zarr has no common class for what a damaged store raises
-            raise InputError("broken-file", f"{path} is no sound zarr store: {error}. Export it again.") from error
+            raise InputError("broken-file", f"{path} is no sound zarr store: {plain(error)}. Export it again.") from error
         names = [] if isinstance(found, zarr.Array) else sorted(name for name, _ in found.arrays())
         if not isinstance(found, zarr.Array):
-            key = key if key is not None else names[0] if len(names) == 1 else None
-            if key not in names:
-                raise array_not_named(path, names)
+            key = chosen_array(path, names, key)
+        elif key is not None:
+            raise key_without_arrays(path, key)
         rows = cls(str(Path(path).resolve()), key)
         if len(rows._array.shape) != 2:
             raise InputError("data-shape", f"{path} holds an array of shape {rows._array.shape}, expected samples and features. Reshape it and save again.")
@@ -356,12 +351,6 @@ class ZarrRows:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "key": self.key}
-
-
-def array_not_named(path: str | Path, names: Sequence[str]) -> InputError:
-    """The error for a file with several arrays, of which none was chosen."""
-    known = ", ".join(names) or "none"
-    return InputError("array-not-named", f"{path} holds these arrays: {known}. Name one of them as key.")
 
 
 def rows_of(array: NDArray[Any]) -> ArrayRows | NpyRows:
