@@ -176,6 +176,7 @@ def test_a_diverging_run_names_the_step_and_keeps_its_last_checkpoint(tmp_path: 
         ({"lr": float("nan")}, "--lr is nan, expected a number above 0"),
         ({"weight_decay": -1.0}, "--weight-decay is -1, expected 0 or more"),
         ({"seed": -1}, "--seed is -1, expected at least 0"),
+        ({"seed": 10**23}, "--seed is 100000000000000000000000, expected 0 to 9223372036854775807. Choose one of these"),
         ({"batch_size": 64}, "batch_size=64 does not fit 32 rows to train on"),
         ({"device": "tpu"}, "--device tpu does not exist here. Choose one of: cpu"),
         ({"model": "/no/such/model"}, "/no/such/model"),

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_TARGET_R = 2.0
 BUILT_IN_LR, OTHER_LR = 6e-3, 5e-4
+LARGEST_SEED = 2**63 - 1  # that torch takes
 SPLIT_SEED = 0  # the held-out rows stay the same whatever the seed of the run
 NUM_CALIBRATION_BATCHES = 8
 EVAL_BATCH_SIZE = 64
@@ -103,6 +104,8 @@ class TuneSettings:
         for name, (value, least) in limits.items():
             if value is not None and value < least:
                 raise InputError("setting-out-of-range", f"--{name.replace('_', '-')} is {value:g}, expected at least {least}. Raise it.")
+        if self.seed > LARGEST_SEED:
+            raise InputError("setting-out-of-range", f"--seed is {self.seed}, expected 0 to {LARGEST_SEED}. Choose one of these.")
         if not 0 < self.peak_lr < float("inf"):
             raise InputError("setting-out-of-range", f"--lr is {self.peak_lr:g}, expected a number above 0. Try {self.usual_lr:g}.")
         if not 0 <= self.weight_decay < float("inf"):
