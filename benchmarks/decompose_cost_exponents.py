@@ -173,7 +173,8 @@ def workers_share() -> None:
         -1.0,
         started=started,
         note=f"2,000 features, 16 components, 1 and 2 processes of one thread on 2 shared cores, every part sent on its own; "
-        f"{np.median(traffic) / 2**20:.1f} MiB per round in total. The formula leaves out what it costs to send.",
+        f"{np.median(traffic) / 2**20:.1f} MiB per round in total. The formula leaves out what it costs to send. "
+        "Two cores that other programs share cannot show a speed-up, so this row says what an exchange costs and not how rounds scale.",
     )
 
 
