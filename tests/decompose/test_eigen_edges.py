@@ -22,6 +22,8 @@ from partwise.decompose._covariance import covariance_of
 from partwise.decompose._eigen_rounds import Eigenpairs
 from partwise.decompose._readers import NpyRows
 from partwise.decompose.parallel_deflation import RoundEstimator
+from partwise.engine.inline import InlineWorkers
+from partwise.rounds import Schedule
 from tolerances import assert_close
 
 SAME_BITS = {"rtol": 0.0, "atol": 0.0}
@@ -214,3 +216,55 @@ def test_one_direction_is_not_several(model_class: type[RoundEstimator]) -> None
     X = np.outer(np.arange(10.0), np.ones(4))
     with pytest.warns(UserWarning, match=r"only 1 direction with variance.* the fit has 1 component\.|The fit has 1 component\."):
         model_class(2, random_state=0).fit(X)
+
+
+@pytest.mark.parametrize("model", [*MODELS[:-1], EigenGame(3, num_rounds=20, tol=0, random_state=0)], ids=repr)
+def test_an_asynchronous_fit_repeats_in_the_order_of_its_schedule(model: RoundEstimator) -> None:
+    X = data()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        workers = InlineWorkers(seed=11)  # another order than that of engine="inline"
+        spread = clone(model).set_params(mode="async", engine=workers).fit(X)
+        schedule = Schedule.from_json(spread.schedule_.to_json())
+        again = clone(model).set_params(mode="async", max_staleness=1).replay(X, schedule)
+        other = clone(model).set_params(mode="async").fit(X)
+    for name in ("components_", "explained_variance_", "eigenvalue_intervals_", "residuals_"):
+        assert_close(getattr(again, name), getattr(spread, name), claim=name, **SAME_BITS)
+    assert (again.n_iter_, again.converged_, again.schedule_, again.traffic_) == (spread.n_iter_, spread.converged_, schedule, None)
+    assert other.schedule_ != schedule or getattr(model, "solver", None) == "lanczos"  # two blocks have one order only
+    assert not hasattr(again, "_to_repeat")
+
+
+def test_what_cannot_be_replayed_is_refused() -> None:
+    with pytest.raises(InputError, match=r"got mode='sync' in replay, expected mode='async': rounds in step always repeat by themselves\. Call fit"):
+        ParallelDeflationPCA(2, random_state=0).replay(data(), Schedule(()))
+    model = ParallelDeflationPCA(2, mode="async", random_state=0)
+    with pytest.raises(InputError, match=r"got a schedule of type NoneType, expected a Schedule\. Pass schedule_ of the earlier fit"):
+        model.replay(data(), None)  # type: ignore[arg-type]
+    more = ParallelDeflationPCA(4, mode="async", random_state=0).fit(data())
+    assert more.schedule_ is not None
+    with pytest.raises(InputError) as caught:
+        model.replay(data(), more.schedule_)
+    assert caught.value.code == "schedule-mismatch"
+    assert model.fit(data()).converged_  # and the estimator is as it was
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_an_asynchronous_fit_on_ray_is_replayed_here() -> None:
+    ray_actors = pytest.importorskip("partwise.engine.ray_actors", reason="needs the extra ray")
+    model = ParallelDeflationPCA(4, mode="async", random_state=0)
+    with ray_actors.RayActors(2) as engine:
+        spread = clone(model).set_params(engine=engine).fit(data())
+    again = clone(model).set_params(engine="ray").replay(data(), spread.schedule_)  # which no cluster is started for
+    assert_close(again.components_, spread.components_, claim="the events of the cluster, in this process", **SAME_BITS)
+
+
+def test_with_a_tolerance_of_zero_a_tie_is_not_called_a_missed_value() -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((60, 5))
+    scores = np.linalg.qr(rows - rows.mean(axis=0))[0] * np.sqrt(59)
+    X = scores * np.sqrt([3.0, 1.0 + 1e-9, 1.0, 0.5, 0.2])
+    held = Eigenpairs(np.eye(5)[[0, 2]], np.array([3.0, 1.0]), np.zeros(2), (1, 1), (True, True), None, 4)
+    model = ParallelDeflationPCA(2, tol=0, num_rounds=4, random_state=0).fit_from(covariance_of(X), start=held)
+    assert model.missed_value_test_.passed

@@ -25,6 +25,7 @@ from partwise.linalg.products import one_blas_thread
 
 __all__ = ["EigenEstimator", "Progress", "Solved", "positive_largest", "rayleigh_ritz"]
 
+NEARLY_EQUAL = 1e-6  # with tol=0, which asks for all rounds: a value outside that is closer than this to the smallest one kept is a tie
 CHUNK_BYTES = 1 << 26  # of rows that are transformed at once when the data are not in memory
 
 
@@ -160,14 +161,15 @@ class EigenEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
 
     def _certified(self, covariance: Covariance, vectors: NDArray[Any], seed: int) -> tuple[NDArray[Any], Certificate]:
         """The vectors with their certificate, once what a probe found to be missing has been put in its place, if the method knows how."""
+        tolerance = self.tol or NEARLY_EQUAL
         with one_blas_thread():
-            certificate = certify(covariance.product, vectors, seed=seed, tolerance=max(self.tol, 1e-12))
+            certificate = certify(covariance.product, vectors, seed=seed, tolerance=tolerance)
             for _ in range(len(vectors)):
                 mended = None if certificate.missed_value_test.passed else self._mended(covariance, vectors, seed)
                 if mended is None:
                     break
                 vectors = mended
-                certificate = certify(covariance.product, vectors, seed=seed, tolerance=max(self.tol, 1e-12))
+                certificate = certify(covariance.product, vectors, seed=seed, tolerance=tolerance)
         return vectors, certificate
 
     def _mended(self, covariance: Covariance, vectors: NDArray[Any], seed: int) -> NDArray[Any] | None:

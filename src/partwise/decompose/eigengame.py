@@ -82,7 +82,7 @@ class EigenGame(RoundEstimator):
     traffic_ : Traffic or None
         Bytes that the engine moved.
     schedule_ : Schedule or None
-        Order of events of an asynchronous fit.
+        Order of events of an asynchronous fit, which ``replay`` repeats.
 
     See Also
     --------

@@ -312,10 +312,10 @@ class HotellingDeflationPCA(RoundEstimator):
         return _distances(residuals, values - upper[1:] - differences)
 
     def _shortage(self) -> str:
-        missing = self.n_components_ + 1
+        missing, lower = self.n_components_ + 1, "lower tol and " if self.tol else ""
         return (
             f"Component {missing} is not resolvable: what the components in front leave over is no larger than rounding and their own errors. The fit has "
-            f"{counted(self.n_components_, 'component')}. Pass n_components={self.n_components_}, or lower tol and raise num_steps if the data have "
+            f"{counted(self.n_components_, 'component')}. Pass n_components={self.n_components_}, or {lower}raise num_steps if the data have "
             "more directions."
         )
 

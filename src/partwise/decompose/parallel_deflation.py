@@ -21,6 +21,7 @@ from partwise.decompose._modes import check_mode
 from partwise.decompose._moments import RANGE, check_integers, check_precision
 from partwise.decompose._units import without_rows
 from partwise.engine import Engine, open_engine
+from partwise.rounds import Schedule
 
 if TYPE_CHECKING:
     from partwise.decompose._covariance import Covariance
@@ -45,6 +46,41 @@ class RoundEstimator(EigenEstimator):
     def round_method(self, covariance: Covariance, seed: int) -> ParallelDeflation:
         """The rounds that these settings stand for, on this covariance."""
         raise NotImplementedError
+
+    def replay(self, X: Any, schedule: Schedule) -> Self:
+        """Fit again in the order of events of an earlier asynchronous fit: here, in one process, with the same bits.
+
+        Parameters
+        ----------
+        X : array-like, sparse matrix, memory map, LinearOperator or RowSource of shape (n_samples, n_features)
+            The data of the earlier fit.
+        schedule : Schedule
+            Its ``schedule_``. ``Schedule.to_json`` and ``Schedule.from_json`` keep one in a file.
+
+        Returns
+        -------
+        self
+            The fitted estimator. Whatever ``engine``, ``num_workers`` and ``max_staleness`` are, nothing leaves this process.
+
+        Raises
+        ------
+        InputError
+            When ``mode`` is not ``"async"``, ``schedule`` is none, or it belongs to other settings or data. ``random_state`` must be the integer of
+            the earlier fit, or the start is another one. A ``ValueError``.
+        """
+        if self.mode != "async":
+            raise InputError(
+                "replay-needs-async", f"got mode={self.mode!r} in replay, expected mode='async': rounds in step always repeat by themselves. Call fit."
+            )
+        if not isinstance(schedule, Schedule):
+            raise InputError(
+                "replay-needs-schedule", f"got a schedule of type {type(schedule).__name__}, expected a Schedule. Pass schedule_ of the earlier fit."
+            )
+        self._to_repeat = schedule
+        try:
+            return self.fit(X)
+        finally:
+            del self._to_repeat
 
     def _check_settings(self) -> None:
         check_tol(self.tol)
@@ -72,18 +108,16 @@ class RoundEstimator(EigenEstimator):
             start = random_eigenpairs(
                 self.n_components, covariance.num_features, seed=seed, dtype=covariance.dtype, with_moments=method.solver == "adam"
             )
-        num_parts = method.num_parts(self.n_components)
-        with open_engine(self.engine, num_workers=self.num_workers, num_parts=num_parts, seed=seed) as engine:
-            state, history, schedule = solve_rounds(
-                method,
-                start,
-                num_rounds=self.num_rounds,
-                engine=engine,
-                mode=self.mode,
-                max_staleness=self.max_staleness,
-                progress=progress,
-            )
-            traffic = getattr(engine, "traffic", None)
+        num_parts, num_rounds, to_repeat = method.num_parts(self.n_components), self.num_rounds, getattr(self, "_to_repeat", None)
+        if to_repeat is not None:
+            traffic = None
+            state, history, schedule = solve_rounds(method, start, num_rounds=num_rounds, engine=None, mode="async", schedule=to_repeat, progress=progress)
+        else:
+            with open_engine(self.engine, num_workers=self.num_workers, num_parts=num_parts, seed=seed) as engine:
+                state, history, schedule = solve_rounds(
+                    method, start, num_rounds=num_rounds, engine=engine, mode=self.mode, max_staleness=self.max_staleness, progress=progress
+                )
+                traffic = getattr(engine, "traffic", None)
         self.schedule_ = schedule
         vectors = state.vectors[: state.num_present]
         if self.rayleigh_ritz:
@@ -158,7 +192,7 @@ class ParallelDeflationPCA(RoundEstimator):
     traffic_ : Traffic or None
         Bytes that the engine moved, and workers that it lost.
     schedule_ : Schedule or None
-        Order of events of an asynchronous fit, which can be repeated.
+        Order of events of an asynchronous fit, which ``replay`` repeats.
     n_samples_seen_ : int
         Rows seen by ``partial_fit``.
 
