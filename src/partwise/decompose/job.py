@@ -224,7 +224,7 @@ def entries_named(data: Matrix) -> Iterator[None]:
         place = re.search(r"column (\d+)", text)
         if place is not None and data.columns is not None:
             text = text.replace(place[0], f"{place[0]}, {data.columns[int(place[1])]!r}", 1)
-        raise InputError(error.code, text) from error
+        raise InputError("not-finite", text) from error
 
 
 @contextmanager
