@@ -81,11 +81,11 @@ def test_half_precision_is_refused_from_everywhere(tmp_path: Path) -> None:
                 use(form)
 
 
-FORMS: dict[str, Any] = {"formed": lambda X: X, "not formed": lambda X: X[:10], "sparse": scipy.sparse.csr_array}
+FORMS: dict[str, Any] = {"formed": lambda X: X, "not formed": lambda X: X[:10], "sparse": scipy.sparse.csr_array, "operator": aslinearoperator}
 
 
 @pytest.mark.parametrize("size", [1.7e18, 0.1, 1e100, 0.0])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["formed", "not formed", "sparse"])
 def test_a_constant_column_of_any_size_breaks_nothing(form: str, size: float) -> None:
     X = data()[:10] if form == "not formed" else data()
     alone = PCA(2, svd_solver="full").fit(X)
@@ -138,7 +138,7 @@ def test_no_result_depends_on_the_unit_of_the_data(model: RoundEstimator, expone
     np.testing.assert_allclose(np.isfinite(other.singular_values_), True)
 
 
-@pytest.mark.parametrize("form", ["formed", "not formed", "sparse"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("size", [1e-120, 1e-80, 1e80, 1e146])
 def test_values_are_those_of_the_data_in_any_unit(form: str, size: float) -> None:
     X = data()[:10] if form == "not formed" else data()
@@ -158,7 +158,7 @@ def test_a_run_in_another_unit_goes_on_with_the_same_bits() -> None:
     assert_close(resumed.components_, model.components_, claim="the last 9 rounds", **SAME_BITS)
 
 
-@pytest.mark.parametrize("form", ["formed", "not formed", "sparse"])
+@pytest.mark.parametrize("form", ["formed", "not formed", "sparse", "operator"])
 def test_data_too_small_or_too_large_to_be_squared_are_refused(form: str) -> None:
     for size in (1e-170, 1e-140):
         with pytest.raises(InputError, match=r"got entries that vary by .*e-1\d\d at most, expected a total variance of at least 1e-260.* Multiply") as caught:

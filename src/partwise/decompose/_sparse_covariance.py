@@ -20,7 +20,7 @@ from scipy.sparse.linalg import LinearOperator
 
 from partwise.checks import InputError
 from partwise.decompose._in_order import map_in_order
-from partwise.decompose._moments import check_integers, not_finite
+from partwise.decompose._moments import RANGE, check_integers, not_finite
 from partwise.decompose._readers import check_dtype
 from partwise.linalg.products import TILE
 
@@ -156,8 +156,14 @@ def sparse_covariance(X: Any, *, mean: NDArray[Any] | None) -> SparseCovariance:
     centre = _mean(data) if mean is None else mean
     square = _sum_of_squares(data, centre)
     if not np.isfinite(square):
-        raise InputError("too-large", "got entries so large that their squares overflow, expected absolute values below 1e+148. Divide by a constant.")
+        raise _too_large()
     return SparseCovariance(data, centre, square / (num_samples - 1), constant=_constant_columns(data) if mean is None else None)
+
+
+def _too_large() -> InputError:
+    return InputError(
+        "too-large", f"got entries so large that their squares overflow, expected absolute values below {RANGE:.0e}. Divide the data by a constant."
+    )
 
 
 def _mean(data: Any) -> NDArray[Any]:
@@ -229,7 +235,11 @@ def operator_covariance(X: LinearOperator, *, mean: NDArray[Any] | None) -> Oper
         raise InputError("not-finite", f"X has NaN or infinite column sums for {num_bad} features, the first is feature {first}. Check the operator.")
     _check_adjoint(X)
     centred = OperatorCovariance(X, sums / num_samples if mean is None else mean, np.nan)
-    return OperatorCovariance(X, centred.mean, _trace(centred))
+    with np.errstate(over="ignore", invalid="ignore"):
+        trace = _trace(centred)
+    if not np.isfinite(trace):
+        raise _too_large()
+    return OperatorCovariance(X, centred.mean, trace)
 
 
 def _transposed(X: LinearOperator, vector: NDArray[Any]) -> NDArray[Any]:
@@ -248,7 +258,8 @@ def _check_adjoint(X: LinearOperator) -> None:
     image, back = np.asarray(X.matvec(right), dtype=np.float64), _transposed(X, left)
     one, other = float(left @ image), float(right @ back)
     rounding = ADJOINT_SINGLE if X.dtype is not None and np.dtype(X.dtype) == np.float32 else ADJOINT_DOUBLE
-    if not abs(one - other) <= rounding * float(np.linalg.norm(left)) * float(np.linalg.norm(image)) + np.finfo(float).tiny:
+    size = float(np.abs(image).max()) or 1.0  # lengths of tiny or huge numbers are not squared
+    if not abs(one - other) / size <= rounding * float(np.linalg.norm(left)) * float(np.linalg.norm(image / size)):
         raise InputError(
             "operator-adjoint",
             f"got an operator whose rmatvec does not belong to its matvec: u (X v) is {one:.6g} and v (X^T u) is {other:.6g} for random u and v, "

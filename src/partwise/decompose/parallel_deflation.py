@@ -372,6 +372,8 @@ def _dense_batch(X: Any) -> NDArray[np.float64]:
     largest = float(np.abs(rows).max())
     if largest > RANGE or 0 < largest < SMALLEST:
         limit = f"below {RANGE:.0e}" if largest > RANGE else f"above {SMALLEST:.0e}"
-        code = "too-large" if largest > RANGE else "too-small"
-        raise InputError(code, f"got a batch with entries up to {largest:.0e} in size, expected absolute values {limit}. Divide all batches by a constant.")
+        raise InputError(
+            "too-large" if largest > RANGE else "too-small",
+            f"got a batch with entries up to {largest:.0e} in size, expected absolute values {limit}. Divide all batches by a constant.",
+        )
     return rows
