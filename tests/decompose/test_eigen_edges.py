@@ -95,6 +95,13 @@ def test_a_constant_column_of_any_size_breaks_nothing(form: str, size: float) ->
     np.testing.assert_allclose(model.mean_[-1], size, rtol=1e-15)
 
 
+def test_an_operator_that_a_huge_column_drowns_is_refused() -> None:
+    drowned = aslinearoperator(np.c_[data(), np.full(200, 1.7e18)])  # which cannot be centred column by column
+    with pytest.raises(InputError, match=r"variance is lost in the rounding of their means, .*Subtract a constant from each column") as caught:
+        ParallelDeflationPCA(2, random_state=0).fit(drowned)
+    assert caught.value.code == "no-variance"
+
+
 CONSTANT_FORMS: list[Any] = [np.asarray, lambda X: np.tile(X, (1, 5)), scipy.sparse.csr_array, aslinearoperator]
 
 

@@ -144,6 +144,12 @@ class EigenEstimator(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEsti
         unit = unit_of(covariance.total_variance)  # so that no result depends on the unit of the data
         inner, inner_start = in_unit(covariance, unit), None if start is None else scaled(start, 1 / unit)
         solved = self._solve(inner, seed, start=inner_start, progress=told_in(progress, unit))
+        if not len(solved.vectors):
+            raise InputError(
+                "no-variance",
+                "got data whose variance is lost in the rounding of their means, expected columns that vary by more than 1e-15 of their size. "
+                "Subtract a constant from each column, or leave out those that do not vary.",
+            )
         vectors, certificate = self._certified(inner, solved.vectors, seed)
         certificate = told_as(certificate, unit)
         order = np.argsort(-certificate.values, kind="stable")
