@@ -372,7 +372,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"update": "mu", "solver": "lanczos"}, r"update='mu' with solver='lanczos', expected 'power', 'hebb' or 'adam'"),
     ({"step_size": 0.0}, r"got step_size=0\.0, expected a finite number above 0"),
     ({"step_size": float("nan")}, r"got step_size=nan"),
-    ({"tol": -1.0}, r"got tol=-1\.0, expected a number of at least 0 and below 1"),
+    ({"tol": -1.0}, r"got tol=-1\.0, expected 0 or more and below 1"),
     ({"tol": float("nan")}, r"got tol=nan"),
 ]
 

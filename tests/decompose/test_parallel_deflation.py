@@ -312,7 +312,7 @@ REFUSED: list[tuple[RoundEstimator, str]] = [
     (ParallelDeflationPCA(solver="adam"), r"solver='adam' is not known"),
     (ParallelDeflationPCA(batch_size=10), r"batch_size=10 with solver='power', expected solver='hebb'"),
     (ParallelDeflationPCA(step_size=-1.0, solver="hebb"), r"got step_size=-1\.0, expected a finite number above 0"),
-    (ParallelDeflationPCA(tol=-1.0), r"got tol=-1\.0, expected a number of at least 0 and below 1"),
+    (ParallelDeflationPCA(tol=-1.0), r"got tol=-1\.0, expected 0 or more and below 1"),
     (ParallelDeflationPCA(num_rounds=0), r"num_rounds=0 must be an integer of at least 1"),
     (ParallelDeflationPCA(3, num_rounds=2), r"num_rounds=2 for 3 parts, expected at least 3: part k joins in round k"),
     (ParallelDeflationPCA(mode="later"), r"mode='later' is not known\. Choose one of: sync, async"),

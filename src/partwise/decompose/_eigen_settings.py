@@ -16,7 +16,7 @@ __all__ = ["check_combination", "check_step_size", "check_tol"]
 def check_tol(tol: object) -> None:
     """Refuse a tolerance that is no share."""
     if not isinstance(tol, Real) or isinstance(tol, bool) or not 0 <= float(tol) < 1:
-        raise InputError("tol-range", f"got tol={tol!r}, expected a number of at least 0 and below 1. Pass tol=1e-6, or 0 to run all rounds.")
+        raise InputError("tol-range", f"got tol={tol!r}, expected 0 or more and below 1. Pass tol=1e-6, or 0 to run all rounds.")
 
 
 def check_step_size(step_size: object) -> None:
