@@ -50,7 +50,7 @@ class PlaceFlags:
     address : str or None
         Address of a Ray cluster that runs already: auto, or ray://host:port. Left out: one is started on this machine.
     timeout : float or None
-        Seconds after which the parts of a Ray worker that does not answer are sent to a fresh one too; more often than three times ends the run.
+        Seconds after which the parts of a Ray worker that does not answer are sent to a fresh one too; when they are late three times the run ends.
         Left out: ten times what the slowest answer took and at least a minute, and the run does not end.
     """
 

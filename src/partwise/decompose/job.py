@@ -221,7 +221,7 @@ def entries_named(data: Matrix) -> Iterator[None]:
         if error.code != "not-finite":
             raise
         text = str(error).replace("X has", f"{data.name} has", 1)
-        place = re.search(r"column (\d+)", text)
+        place = re.search(r"(?:column|feature) (\d+)", text)
         if place is not None and data.columns is not None:
             text = text.replace(place[0], f"{place[0]}, {data.columns[int(place[1])]!r}", 1)
         raise InputError("not-finite", text) from error
