@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -43,9 +44,9 @@ class RoundEstimator(EigenEstimator):
     mode: str
     max_staleness: int | None
 
+    @abstractmethod
     def round_method(self, covariance: Covariance, seed: int) -> ParallelDeflation:
         """The rounds that these settings stand for, on this covariance."""
-        raise NotImplementedError
 
     def replay(self, X: Any, schedule: Schedule) -> Self:
         """Fit again in the order of events of an earlier asynchronous fit: here, in one process, with the same bits.

@@ -12,6 +12,7 @@ from partwise.flags import from_settings
 from partwise.runs import RunFolder
 from partwise.tune._data import DataSettings
 from partwise.tune.job import Job, TuneSettings, prepare
+from partwise.tune.lora import lora_ranks
 from partwise.tune.recipe import Plan, Recipe
 
 if TYPE_CHECKING:
@@ -30,6 +31,10 @@ class SavedAdapter(Recipe):
         from peft import PeftModel
 
         return PeftModel.from_pretrained(model, str(self.folder))
+
+    def ranks(self, model: PeftModel) -> dict[str, int]:
+        """Rank of each module."""
+        return lora_ranks(model)
 
 
 def truncate_run(run: Path, *, rank: int | None = None, budget: int | None = None, out: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from the first step to the last. Only the first ``rank`` rows (of ``lora_A``) or
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -106,9 +107,9 @@ class _PrefixLinear(nn.Linear):
         self.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
         self.out_features, self.in_features = weight.shape
 
+    @abstractmethod
     def _padding(self, like: Tensor) -> Tensor:
         """What waiting components hold after loading, for all components; placed as ``like``."""
-        raise NotImplementedError
 
     def _active(self) -> Tensor:
         return self.weight.detach().narrow(self.component_dim, 0, self.slot.rank)

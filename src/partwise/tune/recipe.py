@@ -6,6 +6,7 @@ The training loop (``_loop.py``) and the job (``job.py``) know only these functi
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -51,7 +52,7 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(ABC):
     """How one tuning method drives a run. Subclasses override what differs; their fields become command-line flags.
 
     Parameters
@@ -68,9 +69,9 @@ class Recipe:
     lora_dropout: float = 0.0
     target_modules: str = "all-linear"
 
+    @abstractmethod
     def wrap(self, model: nn.Module, plan: Plan) -> PeftModel:
         """Install the adapter on the freshly loaded base ``model``. The base may be changed in place."""
-        raise NotImplementedError
 
     @property
     def orders_components(self) -> bool:
@@ -100,16 +101,16 @@ class Recipe:
         """What a checkpoint needs beyond trainable parameters, optimiser and random numbers, by name."""
         return {}
 
-    def load_extra_state(self, model: PeftModel, tensors: Mapping[str, Tensor]) -> None:
+    def load_extra_state(self, model: PeftModel, tensors: Mapping[str, Tensor]) -> None:  # noqa: B027 - most methods have none
         """Restore what ``extra_state`` returned. Called after the trainable parameters and the optimiser are back."""
 
     def finish(self, model: PeftModel) -> PeftModel:
         """After the last step: the same function as a ``PeftModel`` with plain, compact LoRA layers."""
         return model
 
+    @abstractmethod
     def ranks(self, model: PeftModel) -> dict[str, int]:
         """Active rank of each module, by the module's full name in the base model. May be asked at any time."""
-        raise NotImplementedError
 
 
 def as_target_modules(names: str) -> str | list[str]:
