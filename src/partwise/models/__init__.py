@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from partwise.models.axes import Axis, BlockAxis, CoupledAxis, Member, Part, count_holders
-    from partwise.models.parts import coupled_axes, extract, mask, merge, merge_tensors, scale_readers, slice_tensors, tensors_of
+    from partwise.models.parts import coupled_axes, extract, mask, merge, merge_tensors, scale_readers, slice_tensors, tensors_of, with_tensors
     from partwise.models.sampling import BernoulliSampler, DisjointSampler, FixedFractionSampler, StratifiedSampler
 
 _HOMES = {
     **dict.fromkeys(("Axis", "BlockAxis", "CoupledAxis", "Member", "Part", "count_holders"), "axes"),
-    **dict.fromkeys(("coupled_axes", "extract", "mask", "merge", "merge_tensors", "scale_readers", "slice_tensors", "tensors_of"), "parts"),
+    **dict.fromkeys(("coupled_axes", "extract", "mask", "merge", "merge_tensors", "scale_readers", "slice_tensors", "tensors_of", "with_tensors"), "parts"),
     **dict.fromkeys(("BernoulliSampler", "DisjointSampler", "FixedFractionSampler", "StratifiedSampler"), "sampling"),
 }
 
@@ -45,6 +45,7 @@ __all__ = [
     "scale_readers",
     "slice_tensors",
     "tensors_of",
+    "with_tensors",
 ]
 
 

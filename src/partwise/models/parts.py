@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     Model = TypeVar("Model", bound=nn.Module)
 
-__all__ = ["FAMILIES", "coupled_axes", "extract", "mask", "merge", "merge_tensors", "scale_readers", "slice_tensors", "tensors_of"]
+__all__ = ["FAMILIES", "coupled_axes", "extract", "mask", "merge", "merge_tensors", "scale_readers", "slice_tensors", "tensors_of", "with_tensors"]
 
 # Asked in this order; convolutional networks come before perceptrons because they may contain one.
 FAMILIES = ("llama", "gpt2", "vit", "resnet", "mlp")
@@ -97,7 +97,7 @@ def extract(model: Model, part: Part, *, axes: Sequence[Axis] | None = None, loa
     tensors = tensors_of(model)
     pieces = slice_tensors(tensors, axes, part)
     names = names_in_part(axes, part, tensors)
-    small = _copy_with(model, {name: pieces[names[name]] if name in names else tensor.new_empty(0) for name, tensor in tensors.items()})
+    small = with_tensors(model, {name: pieces[names[name]] if name in names else tensor.new_empty(0) for name, tensor in tensors.items()})
     for axis in axes:
         if isinstance(axis, BlockAxis) and axis.name in part.units:
             _leave_blocks_out(small, axis, part.units[axis.name])
@@ -127,7 +127,7 @@ def merge(model: Model, results: Iterable[tuple[Part, nn.Module]], *, axes: Sequ
     """
     axes = coupled_axes(model) if axes is None else tuple(axes)
     merged = merge_tensors(tensors_of(model), [(part, tensors_of(small)) for part, small in results], axes=axes, blend=blend)
-    return _copy_with(model, merged)
+    return with_tensors(model, merged)
 
 
 def mask(model: Model, part: Part, *, axes: Sequence[Axis] | None = None) -> Model:
@@ -148,7 +148,7 @@ def mask(model: Model, part: Part, *, axes: Sequence[Axis] | None = None) -> Mod
             if member.tensor in axis.readers:
                 for unit in missing:
                     tensors[member.tensor].narrow(member.dim, unit * member.width, member.width).zero_()
-    return _copy_with(model, tensors)
+    return with_tensors(model, tensors)
 
 
 def scale_readers(model: Model, factors: Mapping[str, float], *, axes: Sequence[Axis]) -> Model:
@@ -167,7 +167,7 @@ def scale_readers(model: Model, factors: Mapping[str, float], *, axes: Sequence[
     """
     check_part(axes, Part(dict.fromkeys(factors, (0,))))
     readers = {reader: factors[axis.name] for axis in axes if not isinstance(axis, BlockAxis) and axis.name in factors for reader in axis.readers}
-    return _copy_with(model, {name: tensor.detach() * readers.get(name, 1.0) for name, tensor in tensors_of(model).items()})
+    return with_tensors(model, {name: tensor.detach() * readers.get(name, 1.0) for name, tensor in tensors_of(model).items()})
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
@@ -175,6 +175,25 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     saved = model.state_dict(keep_vars=True)
     names = [*dict(model.named_parameters()), *dict(model.named_buffers())]
     return {name: saved[name] for name in names if name in saved}
+
+
+def with_tensors(model: Model, tensors: Mapping[str, Tensor]) -> Model:
+    """A copy of ``model`` with other tensors in the same places; tied ones stay tied. The old ones are never copied.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Not changed.
+    tensors : mapping of str to Tensor
+        One for every name of `tensors_of`, on any device; on "meta", what is left is the model without its weights. They are used as they are, not cloned.
+    """
+    from torch import nn
+
+    replaced: dict[int, Any] = {}
+    for name, old in tensors_of(model).items():
+        new = tensors[name].detach()
+        replaced[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+    return copy.deepcopy(model, replaced)
 
 
 def slice_tensors(tensors: Mapping[str, Tensor], axes: Sequence[Axis], part: Part) -> dict[str, Tensor]:
@@ -251,17 +270,6 @@ def _refuse_tied_members(model: nn.Module, axes: Sequence[Axis]) -> None:
                 "unsupported-sharing",
                 f"{' and '.join(tied)} are one tensor, expected every tensor along an axis to be used in one place. Untie them, or choose other kinds of axes.",
             )
-
-
-def _copy_with(model: Model, tensors: Mapping[str, Tensor]) -> Model:
-    """A copy of ``model`` with other tensors in the same places; tied ones stay tied. The old ones are never copied."""
-    from torch import nn
-
-    replaced: dict[int, Any] = {}
-    for name, old in tensors_of(model).items():
-        new = tensors[name].detach()
-        replaced[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
-    return copy.deepcopy(model, replaced)
 
 
 def _leave_blocks_out(small: nn.Module, axis: BlockAxis, kept: Sequence[int]) -> None:
