@@ -8,6 +8,8 @@
 - ``subspace`` - angles, gaps, low-rank projections.
 - ``partition`` - deal units into parts: disjoint, overlapping, at random.
 - ``slicing`` - cut entries out of a tensor, and put pieces back as the mean over their holders.
+- ``rankings`` - how far one ranking is from another.
+- ``masked_neurons`` - training one hidden layer by subnetworks: what sampling costs, and how fast theory says it converges.
 - ``products`` - matrix products whose bits do not depend on the batch.
 
 Importing this package loads none of them; ``rank_one_step`` and ``deflate`` load torch when first used.
