@@ -1,0 +1,261 @@
+"""Tickets: subnetworks that are cut out of a trained model and used as they are.
+
+``cut`` takes one, ``search`` takes the best of several, ``save_ticket`` writes it as an ordinary checkpoint, ``load_ticket`` opens it again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from partwise import atomic_files
+from partwise.checks import InputError, RunError, check_at_least
+from partwise.models.axes import BlockAxis
+from partwise.rounds import part_seed
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from partwise.models.axes import Axis, Part
+    from partwise.train.method import SubnetMethod
+
+__all__ = ["Ticket", "cut", "load_ticket", "save_ticket", "search"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A subnetwork that stands on its own.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Of the class of the whole model, really smaller, with the correction folded into its weights.
+    part : Part
+        The units it holds.
+    keep : float
+        The fraction that was asked for.
+    score : float or None
+        What ``evaluate`` said of it; None when none were compared.
+    scores : tuple of float
+        Of all candidates, in the order in which they were drawn. Their mean is what a ticket costs that nobody searched for.
+    num_parameters : int
+        Of ``model``; a shared one counts once.
+    notes : tuple of str, default=()
+        Where the ticket is not exactly what was asked for, and why.
+    """
+
+    model: nn.Module
+    part: Part
+    keep: float
+    score: float | None
+    scores: tuple[float, ...]
+    num_parameters: int
+    notes: tuple[str, ...] = ()
+
+
+def cut(method: SubnetMethod, model: nn.Module, axes: Sequence[Axis], keep: float, *, seed: int = 0) -> Ticket:
+    """A ticket as the method draws it, without any search.
+
+    Parameters
+    ----------
+    method : SubnetMethod
+        Says which units stay and what their sum is multiplied by.
+    model : torch.nn.Module
+        The whole trained model, not changed.
+    axes : sequence of Axis
+        ``method.find_axes(model)``.
+    keep : float
+        Fraction of every axis that stays, above 0 and at most 1.
+    seed : int, default=0
+        Of what the method draws at random.
+
+    Raises
+    ------
+    InputError
+        When the fraction leaves a layer empty, or the model's own configuration class cannot describe the ticket.
+    """
+    return _cut(method, model, axes, keep, seed=seed, candidate=0)
+
+
+def search(
+    method: SubnetMethod,
+    model: nn.Module,
+    axes: Sequence[Axis],
+    keep: float,
+    *,
+    evaluate: Callable[[nn.Module], float],
+    num_candidates: int = 16,
+    seed: int = 0,
+) -> Ticket:
+    """The ticket with the lowest score among several that the method draws; the first of equals. The first candidate is what ``cut`` gives.
+
+    Parameters
+    ----------
+    method, model, axes, keep, seed
+        As for `cut`.
+    evaluate : callable
+        Model -> score, lower is better. Measure on data that neither training nor the final test sees: the best of several on the test data looks better
+        than it is.
+    num_candidates : int, default=16
+        Tickets to draw.
+
+    Raises
+    ------
+    RunError
+        When a score is NaN or infinite.
+    """
+    check_at_least(num_candidates, 1, name="num_candidates")
+    best: Ticket | None = None
+    scores: list[float] = []
+    for candidate in range(num_candidates):
+        ticket = _cut(method, model, axes, keep, seed=seed, candidate=candidate)
+        score = float(evaluate(ticket.model))
+        if not math.isfinite(score):
+            raise RunError(
+                "ticket-score",
+                f"ticket {candidate} of keep={keep} got the score {score}, expected a finite number. Check the model for NaN, and what evaluate returns.",
+            )
+        scores.append(score)
+        if best is None or best.score is None or score < best.score:
+            best = dataclasses.replace(ticket, score=score)
+    assert best is not None
+    return dataclasses.replace(best, scores=tuple(scores))
+
+
+def save_ticket(ticket: Ticket, folder: Path, *, tokenizer: Any = None, card: str = "") -> None:
+    """Write a ticket so that it opens without this package; the folder appears whole or not at all.
+
+    A model of transformers becomes a folder that stock ``from_pretrained`` reads. Any other becomes ``model.safetensors`` and a ``config.json`` from which
+    ``load_ticket`` builds it again. Beside them, ``ticket.json`` says which units it holds.
+
+    Parameters
+    ----------
+    ticket : Ticket
+        What to write.
+    folder : Path
+        Target; a folder that is already there is replaced.
+    tokenizer : transformers.PreTrainedTokenizerBase, optional
+        Saved beside the model.
+    card : str, default=""
+        Content of ``README.md``; nothing is written when it is empty.
+
+    Raises
+    ------
+    RunError
+        ``disk-full`` or ``cannot-write``.
+    """
+    folder = Path(folder)
+    with atomic_files.write_folder(folder) as temporary:
+        if _is_pretrained(ticket.model):
+            ticket.model.save_pretrained(temporary)  # type: ignore[operator]
+        else:
+            _save_plain(ticket.model, temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        if card:
+            atomic_files.write_atomic(temporary / "README.md", card.encode())
+        atomic_files.write_json(temporary / "ticket.json", _facts(ticket))
+
+
+def load_ticket(folder: Path) -> nn.Module:
+    """Open what `save_ticket` wrote, in evaluation mode. For tickets of transformers with layers of one size, ``from_pretrained`` does the same.
+
+    Raises
+    ------
+    InputError
+        When there is no such folder, it holds pickles, or no model.
+    """
+    folder = Path(folder)
+    atomic_files.refuse_pickles(folder)
+    if not (folder / "config.json").is_file():
+        raise InputError("no-ticket", f"{folder} has no config.json, expected a folder that save_ticket wrote. Check the path.")
+    config = atomic_files.read_json(folder / "config.json")
+    if "model_type" not in config:
+        return _load_plain(config, folder)
+    import transformers
+
+    [architecture] = config["architectures"]
+    with _built_layer_by_layer(config):
+        model: nn.Module = getattr(transformers, architecture).from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    return model.eval()
+
+
+def _cut(method: SubnetMethod, model: nn.Module, axes: Sequence[Axis], keep: float, *, seed: int, candidate: int) -> Ticket:
+    import numpy as np
+
+    from partwise.models import extract, scale_readers
+
+    part = method.ticket_part(model, axes, keep, np.random.default_rng(part_seed(seed, round_number=0, part=candidate)))
+    small = scale_readers(extract(model, part, axes=axes), method.ticket_factors(axes, part), axes=axes)
+    notes = _notes(axes, part, keep)
+    for note in notes if candidate == 0 else ():
+        logger.info("%s", note)
+    return Ticket(small.eval(), part, keep, None, (), sum(tensor.numel() for tensor in small.parameters()), notes)
+
+
+def _notes(axes: Sequence[Axis], part: Part, keep: float) -> tuple[str, ...]:
+    """What a configuration class made a method change: kinds of which it kept another number than the nearest to the fraction."""
+    notes: dict[str, str] = {}
+    for axis in axes:
+        if isinstance(axis, BlockAxis) or axis.kind != "heads" or axis.name not in part.units:
+            continue
+        kept, wanted = len(part.units[axis.name]), int(keep * axis.size + 0.5)
+        if kept != wanted:
+            notes[axis.kind] = (
+                f"Kept {kept} of {axis.size} head groups per layer, not {wanted}: the nearest number that the model's configuration loads."
+            )
+    return tuple(notes.values())
+
+
+def _facts(ticket: Ticket) -> dict[str, Any]:
+    return {
+        "keep": ticket.keep,
+        "num_parameters": ticket.num_parameters,
+        "score": ticket.score,
+        "scores": list(ticket.scores),
+        "notes": list(ticket.notes),
+        "units": {name: list(units) for name, units in ticket.part.units.items()},
+    }
+
+
+def _is_pretrained(model: nn.Module) -> bool:
+    return hasattr(type(model), "config_class") and hasattr(model, "save_pretrained")
+
+
+def _save_plain(model: nn.Module, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    from partwise.models import tensors_of
+    from partwise.train import _networks
+
+    atomic_files.write_json(folder / "config.json", _networks.config_of(model))
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors_of(model).items()}, folder / "model.safetensors")
+
+
+def _load_plain(config: Any, folder: Path) -> nn.Module:
+    from safetensors.torch import load_file
+
+    from partwise.train import _networks
+
+    model: nn.Module = _networks.build(config)
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    return model.eval()
+
+
+def _built_layer_by_layer(config: Any) -> contextlib.AbstractContextManager[None]:
+    """What stock code needs to read layers of different sizes; nothing where all have one size."""
+    from partwise.models import gpt2, llama
+    from partwise.models.uneven import per_layer_blocks
+
+    if not config.get("per_layer_config"):
+        return contextlib.nullcontext()
+    family = next(family for family in (llama, gpt2) if config["model_type"] in family.MODEL_TYPES)
+    return per_layer_blocks(family.block_class(config["model_type"]))

@@ -1,0 +1,174 @@
+"""TwIST: train a transformer so that many of its subnetworks work on their own.
+
+Attention is a sum over head groups, a feed-forward layer is a sum over blocks of neurons. A part holds some summands of every layer, trains them for a
+while, and is put back: every parameter becomes the mean over the parts that held it. At the end a subnetwork of any size is cut out as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from partwise.checks import InputError, check_at_least, check_choice
+from partwise.models.axes import Part
+from partwise.models.names import locate
+from partwise.models.sampling import FixedFractionSampler
+from partwise.train.method import SubnetMethod
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+
+    from partwise.models.axes import Axis
+
+__all__ = ["TwIST"]
+
+logger = logging.getLogger(__name__)
+
+Correction = Literal["inverse_keep", "inverse_sqrt_keep", "none"]
+_EXPONENTS = {"inverse_keep": 1.0, "inverse_sqrt_keep": 0.5, "none": 0.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwIST(SubnetMethod):
+    """Subnetworks of a transformer, drawn from head groups and blocks of feed-forward neurons of every layer.
+
+    Parameters
+    ----------
+    keep : float or tuple of float, default=0.5
+        Fraction of the head groups and of the blocks of every layer that a part holds, rounded to whole ones. A tuple has one for each part: workers of
+        different size.
+    num_blocks : int, default=16
+        Blocks into which the neurons of a feed-forward layer are cut; it has to divide their number.
+    correction : {"inverse_keep", "inverse_sqrt_keep", "none"}, default="inverse_keep"
+        What the sum over the kept units is multiplied by in a part: one over the kept fraction, so that its mean over all choices is the whole sum; the
+        root of that, which keeps the second moment where summands are independent and centred; or nothing.
+    balanced : bool, default=True
+        Deal one shuffle round and round, so that no unit has more than one holder above any other. Otherwise each part draws for itself.
+    pinned : tuple of str or int, default=()
+        Layers that every part and every ticket holds whole: ``"first"``, ``"last"`` or numbers. Tickets then have layers of different sizes, which stock
+        ``from_pretrained`` cannot read; ``load_ticket`` can.
+
+    References
+    ----------
+    TwIST: Rigging the Lottery in Transformers with Independent Subnetwork Training. arXiv:2511.03983. From the paper: subnetworks of attention heads and
+    feed-forward blocks are trained in parallel, averaged, and drawn anew; a correction of the activations; random subnetworks of the final model are used
+    as they are. Its formulas and settings were not at hand: how units are dealt, the correction, sizes that vary and every default are ours.
+    """
+
+    keep: float | tuple[float, ...] = 0.5
+    num_blocks: int = 16
+    correction: Correction = "inverse_keep"
+    balanced: bool = True
+    pinned: tuple[str | int, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        FixedFractionSampler(keep=self.keep)  # refuses fractions out of range
+        if isinstance(self.keep, tuple) and len(self.keep) != self.num_parts:
+            raise InputError(
+                "keep-per-part",
+                f"got {len(self.keep)} keep fractions for {self.num_parts} parts, expected one each. Pass {self.num_parts}, or one for all.",
+            )
+        check_at_least(self.num_blocks, 1, name="num_blocks")
+        check_choice(self.correction, tuple(_EXPONENTS), name="correction")
+
+    def find_axes(self, model: nn.Module) -> tuple[Axis, ...]:
+        """Head groups and feed-forward neurons of every layer that is not pinned; of a GPT-2 only the neurons.
+
+        Raises
+        ------
+        InputError
+            When the model is no transformer whose layers are known, blocks do not divide its neurons, or ``pinned`` leaves nothing to split.
+        """
+        from partwise.models import coupled_axes
+
+        axes = tuple(axis for axis in coupled_axes(model) if axis.kind in ("heads", "neurons"))
+        if not hasattr(model, "config"):
+            raise InputError(
+                "not-a-transformer",
+                f"got a {type(model).__name__}, expected a transformer with head groups and feed-forward neurons. Use IST for perceptrons, LoFT or ResIST "
+                "for convolutional networks.",
+            )
+        if not any(axis.kind == "heads" for axis in axes):
+            logger.warning(
+                "The heads of a %s stay whole in every part: its configuration cannot describe a model that lost some.", type(model).__name__
+            )
+        self._check_blocks(axes)
+        return self._without_pinned(axes)
+
+    def deal(self, axes: Sequence[Axis], generators: Sequence[np.random.Generator]) -> list[Part]:
+        """One part per generator."""
+        return self._dealt(axes, generators, self.keep, balanced=self.balanced)
+
+    def factors(self, axes: Sequence[Axis], part: Part) -> dict[str, float]:
+        """One over the kept fraction, or its root, for every axis that a part does not hold whole."""
+        exponent = _EXPONENTS[self.correction]
+        shares = {axis.name: axis.size / len(part.units[axis.name]) for axis in axes if axis.name in part.units}
+        return {name: share**exponent for name, share in shares.items() if share != 1 and exponent}
+
+    def ticket_part(self, model: nn.Module, axes: Sequence[Axis], keep: float, generator: np.random.Generator) -> Part:
+        """Random head groups and blocks, as many in every layer; of head groups the nearest number that the model's configuration class loads."""
+        import numpy as np
+
+        # The sampler refuses a fraction that leaves nothing before the nearest loadable number could hide it.
+        self._dealt(axes, [np.random.default_rng(0)], keep, balanced=False)
+        units: dict[str, tuple[int, ...]] = {}
+        for axis in axes:
+            kept = _loadable_groups(model, axis, keep) / axis.size if axis.kind == "heads" else keep
+            [part] = self._dealt([axis], [generator], kept, balanced=False)
+            units.update(part.units)
+        return Part(units)
+
+    def _dealt(
+        self, axes: Sequence[Axis], generators: Sequence[np.random.Generator], keep: float | tuple[float, ...], *, balanced: bool
+    ) -> list[Part]:
+        units: list[dict[str, tuple[int, ...]]] = [{} for _ in generators]
+        for axis in axes:  # one by one, for layers of an uneven model differ in size
+            width = {} if axis.kind == "heads" else {axis.kind: axis.size // self.num_blocks}
+            parts = FixedFractionSampler(keep=keep, block_size=width, balanced=balanced)([axis], generators)
+            for mine, part in zip(units, parts, strict=True):
+                mine.update(part.units)
+        return [Part(mine, index=index) for index, mine in enumerate(units)]
+
+    def _check_blocks(self, axes: Sequence[Axis]) -> None:
+        from partwise.linalg.partition import nearest_divisors
+
+        for axis in axes:
+            if axis.kind == "neurons" and axis.size % self.num_blocks:
+                nearest = " or ".join(str(number) for number in nearest_divisors(axis.size, self.num_blocks))
+                raise InputError(
+                    "blocks-do-not-divide",
+                    f"got num_blocks={self.num_blocks} for the {axis.size} neurons of {axis.name}, expected a number that divides {axis.size}. "
+                    f"The nearest is {nearest}.",
+                )
+
+    def _without_pinned(self, axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
+        layers = sorted({layer for axis in axes if (layer := locate(axis.name)[0]) is not None})
+        places = {"first": layers[0], "last": layers[-1], **{str(layer): layer for layer in layers}}
+        for name in self.pinned:
+            if str(name) not in places:
+                raise InputError(
+                    "unknown-layer",
+                    f"got {name!r} in pinned, expected 'first', 'last' or layers from {layers[0]} to {layers[-1]}. Name layers of this model.",
+                )
+        whole = {places[str(name)] for name in self.pinned}
+        split = tuple(axis for axis in axes if locate(axis.name)[0] not in whole)
+        if not split:
+            raise InputError(
+                "all-layers-pinned",
+                f"got all {len(layers)} layers in pinned, expected at least one to split. Pin fewer, or use LocalSGD to split nothing.",
+            )
+        return split
+
+
+def _loadable_groups(model: Any, axis: Axis, keep: float) -> int:
+    """The number of head groups nearest to a fraction with which the configuration's own class loads; the smaller of two."""
+    from partwise.models.uneven import nearest_allowed
+
+    wanted = keep * axis.size
+    queries = model.config.num_attention_heads // axis.size
+    nearest = nearest_allowed(model.config, lambda number: {"num_attention_heads": number * queries}, wanted=int(wanted + 0.5), largest=axis.size)
+    return min(nearest, key=lambda number: (abs(number - wanted), number))
