@@ -92,7 +92,7 @@ def test_a_round_trains_the_masked_model_with_the_corrected_sums(correction: Any
     same_weights(trainer.fit([batch], num_rounds=1).model, tensors_of(whole), claim="what nobody held did not move")
 
 
-@pytest.mark.parametrize("correction, exponent", [("inverse_keep", 1.0), ("inverse_sqrt_keep", 0.5)])
+@pytest.mark.parametrize(("correction", "exponent"), [("inverse_keep", 1.0), ("inverse_sqrt_keep", 0.5)])
 def test_the_factor_is_one_over_the_share_that_is_really_kept(correction: Any, exponent: float):
     method = TwIST(num_blocks=6, keep=0.3, correction=correction)
     axes = method.find_axes(tiny_decoder("Llama"))
@@ -197,7 +197,7 @@ def test_parts_hold_whole_blocks_as_many_in_every_layer_and_as_evenly_as_can_be(
     method = TwIST(num_parts=num_parts, keep=keep, num_blocks=num_blocks, balanced=balanced)
     axes = method.find_axes(DECODER)
     if keep * num_blocks < 0.5:
-        with pytest.raises(InputError, match="leaves .* with none of its 24 neurons"):
+        with pytest.raises(InputError, match=r"leaves .* with none of its 24 neurons"):
             method.deal(axes, generators(num_parts, round_number=round_number))
         return
     parts = method.deal(axes, generators(num_parts, round_number=round_number))
@@ -236,7 +236,7 @@ def test_workers_of_different_size_get_the_fractions_they_asked_for():
     assert set(method.factors(axes, parts[2]).values()) == {4.0}
 
 
-@pytest.mark.parametrize("pinned, split", [(("first",), {1, 2}), (("first", "last"), {1}), ((1,), {0, 2}), (("2", 0), {1})])
+@pytest.mark.parametrize(("pinned", "split"), [(("first",), {1, 2}), (("first", "last"), {1}), ((1,), {0, 2}), (("2", 0), {1})])
 def test_pinned_layers_are_whole_in_every_part(pinned: tuple[str | int, ...], split: set[int]):
     model = tiny_decoder("Llama", num_hidden_layers=3)
     axes = TwIST(num_blocks=6, pinned=pinned).find_axes(model)
@@ -258,7 +258,9 @@ def test_a_gpt2_keeps_its_heads_and_says_so(caplog: pytest.LogCaptureFixture):
     assert "The heads of a GPT2LMHeadModel stay whole in every part" in caplog.text
 
 
-@pytest.mark.parametrize("hidden, groups, keep, kept", [(32, 4, 0.75, 2), (32, 4, 0.8, 4), (24, 8, 0.75, 6), (32, 8, 0.4, 4), (32, 8, 0.5, 4)])
+@pytest.mark.parametrize(
+    ("hidden", "groups", "keep", "kept"), [(32, 4, 0.75, 2), (32, 4, 0.8, 4), (24, 8, 0.75, 6), (32, 8, 0.4, 4), (32, 8, 0.5, 4)]
+)
 def test_a_ticket_of_a_llama_has_the_nearest_number_of_heads_that_its_configuration_loads(hidden: int, groups: int, keep: float, kept: int):
     """LlamaConfig wants heads that divide the hidden size: 6 do not divide 32; 2 and 4 are as near to 3, and the smaller is taken."""
     model = tiny_llama(hidden_size=hidden, num_attention_heads=groups, head_dim=4)
@@ -283,7 +285,7 @@ def test_a_fraction_that_leaves_no_heads_is_refused_for_tickets_too():
 
 
 @pytest.mark.parametrize(
-    "settings, text",
+    ("settings", "text"),
     [
         ({"keep": 0.0}, r"got keep=0\.0, expected a fraction above 0 and at most 1"),
         ({"keep": 1.5}, r"got keep=1\.5, expected a fraction above 0"),
@@ -332,7 +334,7 @@ def fused_qkv() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "build, text",
+    ("build", "text"),
     [
         (lambda: tiny_mlp(6, 48, 4), "got a Sequential, expected a transformer.* Use IST for perceptrons"),
         (tiny_resnet, "got a ResNet, expected a transformer"),
@@ -349,6 +351,11 @@ def test_models_that_it_cannot_split_are_refused_with_what_to_do(build: Any, tex
         TwIST(num_blocks=4).find_axes(build())
 
 
+def test_fractions_that_leave_a_layer_empty_are_refused_before_anything_is_trained():
+    with pytest.raises(InputError, match=r"keep=0\.1, which leaves model\.layers\.0\.self_attn with none of its 4 heads\. Pass keep=0\.125 or more"):
+        SubnetTrainer(tiny_decoder("Llama"), TwIST(keep=0.1, num_blocks=6))
+
+
 def test_blocks_that_do_not_divide_the_neurons_name_the_nearest_number_that_does():
     with pytest.raises(InputError, match=r"got num_blocks=16 for the 24 neurons of model\.layers\.0\.mlp, .* The nearest is 12\."):
         TwIST().find_axes(tiny_decoder("Llama"))
@@ -359,8 +366,3 @@ def test_pinned_layers_that_are_not_there_or_leave_nothing_are_refused():
         TwIST(num_blocks=6, pinned=(5,)).find_axes(tiny_decoder("Llama"))
     with pytest.raises(PartwiseError, match="got all 2 layers in pinned, expected at least one to split"):
         TwIST(num_blocks=6, pinned=("first", "last")).find_axes(tiny_decoder("Llama"))
-
-
-def test_its_repr_builds_it_again():
-    method = TwIST(num_parts=2, keep=(1.0, 0.5), correction="none", pinned=("first", 2))
-    assert eval(repr(method)) == method

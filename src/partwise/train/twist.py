@@ -81,8 +81,11 @@ class TwIST(SubnetMethod):
         Raises
         ------
         InputError
-            When the model is no transformer whose layers are known, blocks do not divide its neurons, or ``pinned`` leaves nothing to split.
+            When the model is no transformer whose layers are known, blocks do not divide its neurons, ``keep`` leaves a layer empty, or ``pinned``
+            leaves nothing to split.
         """
+        import numpy as np
+
         from partwise.models import coupled_axes
 
         axes = tuple(axis for axis in coupled_axes(model) if axis.kind in ("heads", "neurons"))
@@ -97,7 +100,10 @@ class TwIST(SubnetMethod):
                 "The heads of a %s stay whole in every part: its configuration cannot describe a model that lost some.", type(model).__name__
             )
         self._check_blocks(axes)
-        return self._without_pinned(axes)
+        split = self._without_pinned(axes)
+        # Dealt once in vain, so that a fraction that leaves a layer empty is refused here and not in the first round.
+        self.deal(split, [np.random.default_rng(index) for index in range(self.num_parts)])
+        return split
 
     def deal(self, axes: Sequence[Axis], generators: Sequence[np.random.Generator]) -> list[Part]:
         """One part per generator."""
