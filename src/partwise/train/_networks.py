@@ -1,0 +1,352 @@
+"""The built-in networks, made from a configuration and a seed, and language models from a folder or the hub."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from partwise.checks import InputError, check_choice, load_extra
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["MLP", "NETWORKS", "PreActBlock", "PreResNet", "build", "config_of", "load_language_model"]
+
+# Sizes without what the data say (num_inputs, channels, num_classes, vocab_size, max_position_embeddings). The head counts of the decoders are such that
+# 100, 75, 50 and 25 % of the heads divide the hidden size, as LlamaConfig wants it, and 16 divides the width of their MLP.
+NETWORKS: dict[str, dict[str, Any]] = {
+    "llama-small": {"network": "llama", "hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 768},
+    "llama-medium": {"network": "llama", "hidden_size": 288, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 768},
+    "mlp": {"network": "mlp", "hidden": [256, 256], "norm": True},
+    "resnet": {
+        "network": "resnet",
+        "stem": 16,
+        "stages": [
+            {"width": 16, "stride": 1, "inner": [16] * 2},
+            {"width": 32, "stride": 2, "inner": [32] * 9},
+            {"width": 64, "stride": 2, "inner": [64] * 2},
+        ],
+    },
+}
+END_TOKEN = 0  # number of the token that ends a text, see partwise.train._text.train_tokenizer
+
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_LLAMA_SIZES = (
+    "vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
+)  # fmt: skip
+
+
+class MLP(nn.Module):
+    """A multilayer perceptron: linear layer, batch normalisation, ReLU, again and again, and a linear layer.
+
+    Parameters
+    ----------
+    num_inputs : int
+        Features of a row.
+    hidden : sequence of int
+        Neurons of every hidden layer.
+    num_classes : int
+        Outputs.
+    norm : bool, default=True
+        Whether to normalise. Without it the hidden layers have biases instead.
+    """
+
+    def __init__(self, num_inputs: int, hidden: Sequence[int], num_classes: int, *, norm: bool = True) -> None:
+        super().__init__()
+        widths = [num_inputs, *hidden]
+        self.layers = nn.ModuleList(nn.Linear(inputs, outputs, bias=not norm) for inputs, outputs in itertools.pairwise(widths))
+        self.norms = nn.ModuleList(nn.BatchNorm1d(width) if norm else nn.Identity() for width in hidden)
+        self.head = nn.Linear(widths[-1], num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (row, class) of rows (row, feature)."""
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = functional.relu(norm(layer(x)))
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+class PreActBlock(nn.Module):
+    """A residual block that normalises and activates before each of its two convolutions.
+
+    Its filters in between are ``inner``; its input passes unchanged, or through a convolution of 1 x 1 where the shape changes.
+
+    Parameters
+    ----------
+    inputs, inner, outputs : int
+        Channels.
+    stride : int, default=1
+        Of the first convolution.
+    """
+
+    def __init__(self, inputs: int, inner: int, outputs: int, *, stride: int = 1) -> None:
+        super().__init__()
+        self.norm_a = nn.BatchNorm2d(inputs)
+        self.conv_a = nn.Conv2d(inputs, inner, 3, stride=stride, padding=1, bias=False)
+        self.norm_b = nn.BatchNorm2d(inner)
+        self.conv_b = nn.Conv2d(inner, outputs, 3, padding=1, bias=False)
+        self.shortcut = None if stride == 1 and inputs == outputs else nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images of ``outputs`` channels."""
+        active = functional.relu(self.norm_a(x))
+        kept = x if self.shortcut is None else self.shortcut(active)
+        branch = self.conv_b(functional.relu(self.norm_b(self.conv_a(active))))
+        return branch + kept  # type: ignore[no-any-return]
+
+
+class PreResNet(nn.Module):
+    """A pre-activation ResNet: a convolution, stages of residual blocks, a norm, the mean over the image, a linear layer.
+
+    Parameters
+    ----------
+    channels : int
+        Of the images.
+    num_classes : int
+        Outputs.
+    stem : int
+        Channels behind the first convolution.
+    stages : sequence of mapping
+        Each with ``width`` (channels that its blocks give), ``stride`` (of its first block) and ``inner`` (filters between the two convolutions, one number
+        for each block). Where stride or width change something, the first block of a stage has a convolution in its shortcut.
+    """
+
+    def __init__(self, channels: int, num_classes: int, *, stem: int, stages: Sequence[Mapping[str, Any]]) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(channels, stem, 3, padding=1, bias=False)
+        width = stem
+        self.num_stages = len(stages)
+        for number, stage in enumerate(stages, start=1):
+            blocks = []
+            for position, inner in enumerate(stage["inner"]):
+                blocks.append(PreActBlock(width, inner, stage["width"], stride=1 if position else stage["stride"]))
+                width = stage["width"]
+            self.add_module(f"stage{number}", nn.Sequential(*blocks))
+        self.norm = nn.BatchNorm2d(width)
+        self.head = nn.Linear(width, num_classes)
+
+    def sections(self) -> list[nn.Sequential]:
+        """The stages in order."""
+        return [getattr(self, f"stage{number}") for number in range(1, self.num_stages + 1)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (image, class) of images (image, channel, height, width)."""
+        x = self.stem(x)
+        for section in self.sections():
+            x = section(x)
+        return self.head(functional.relu(self.norm(x)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def build(config: Mapping[str, Any], *, seed: int = 0) -> nn.Module:
+    """Make a network, with weights drawn from a seed; the global random state is left alone.
+
+    Parameters
+    ----------
+    config : mapping
+        As `config_of` gives it, or an entry of ``NETWORKS`` with what the data say: ``num_inputs`` and ``num_classes`` for an MLP, ``channels`` and
+        ``num_classes`` for a ResNet, ``vocab_size`` and ``max_position_embeddings`` for a decoder.
+    seed : int, default=0
+        Of the weights.
+
+    Returns
+    -------
+    torch.nn.Module
+        MLP, PreResNet or transformers.LlamaForCausalLM, in training mode, as torch makes modules.
+
+    Raises
+    ------
+    InputError
+        ``network-config`` when an entry is missing or unknown.
+    """
+    kind, sizes = config.get("network"), {name: value for name, value in config.items() if name != "network"}
+    check_choice(kind, tuple(_BUILDERS), name="network")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs as well
+        try:
+            return _BUILDERS[str(kind)](**sizes)
+        except (TypeError, KeyError) as error:
+            raise InputError("network-config", f"the configuration {dict(config)} makes no {kind}: {error}. Take one that partwise wrote.") from error
+
+
+def config_of(model: nn.Module) -> dict[str, Any]:
+    """What `build` makes a network of the same shape from, read from its layers; JSON takes it.
+
+    Raises
+    ------
+    InputError
+        ``unknown-network`` for a model that is not one of ours.
+    """
+    if isinstance(model, MLP):
+        layers = [*model.layers, model.head]
+        hidden = [layer.weight.shape[1] for layer in layers[1:]]
+        norm = any(isinstance(module, nn.BatchNorm1d) for module in model.norms)
+        return {"network": "mlp", "num_inputs": layers[0].weight.shape[1], "hidden": hidden, "num_classes": model.head.weight.shape[0], "norm": norm}
+    if isinstance(model, PreResNet):
+        stem, channels = model.stem.weight.shape[:2]
+        stages: list[dict[str, Any]] = []
+        width = stem
+        for section in model.sections():
+            blocks: list[Any] = list(section.children())
+            width = blocks[0].conv_b.weight.shape[0] if blocks else width
+            stride = blocks[0].conv_a.stride[0] if blocks else 1
+            stages.append({"width": width, "stride": stride, "inner": [block.conv_a.weight.shape[0] for block in blocks]})
+        return {"network": "resnet", "channels": channels, "num_classes": model.head.weight.shape[0], "stem": stem, "stages": stages}
+    if type(model).__name__ == "LlamaForCausalLM":
+        settings: Any = model.config
+        return {"network": "llama"} | {name: getattr(settings, name) for name in _LLAMA_SIZES}
+    raise InputError(
+        "unknown-network",
+        f"got a {type(model).__name__}, expected one of the networks {', '.join(NETWORKS)}. Save other modules with safetensors, and build them yourself.",
+    )
+
+
+def _llama(**sizes: Any) -> nn.Module:
+    transformers = load_extra("transformers", extra="hf")
+    ids = {"bos_token_id": END_TOKEN, "eos_token_id": END_TOKEN, "pad_token_id": None}  # a pad token would get an embedding that is never trained
+    sizes.setdefault("num_key_value_heads", sizes["num_attention_heads"])
+    sizes.setdefault("head_dim", sizes["hidden_size"] // sizes["num_attention_heads"])
+    with quiet(transformers):
+        model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **ids, tie_word_embeddings=True, dtype="float32"))
+    model.generation_config.pad_token_id = END_TOKEN
+    return model  # type: ignore[no-any-return]
+
+
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {"mlp": MLP, "resnet": PreResNet, "llama": _llama}
+
+
+def load_language_model(source: str) -> tuple[nn.Module, Any]:
+    """A causal language model with its tokenizer, in float32, from safetensors only and without remote code.
+
+    Parameters
+    ----------
+    source : str
+        A folder as save_pretrained writes it, or an id of the Hugging Face hub.
+
+    Returns
+    -------
+    tuple of (transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase)
+        Model and tokenizer.
+
+    Raises
+    ------
+    InputError
+        ``model-not-found``, ``model-incomplete``, ``model-unavailable``, ``pickle-refused``, ``damaged-weights``, ``weights-do-not-match`` or
+        ``task-not-supported``.
+    """
+    transformers = load_extra("transformers", extra="hf")
+    if Path(source).expanduser().is_dir():
+        source = str(Path(source).expanduser())
+        _check_folder(Path(source))
+    elif source.startswith(("/", ".", "~")) or source.count("/") != 1:
+        raise InputError(
+            "model-not-found",
+            f"there is no folder {source!r} in {Path.cwd()}. Check --model; it takes a folder, a Hugging Face id such as owner/name, or one of "
+            f"{', '.join(NETWORKS)}.",
+        )
+    with quiet(transformers):
+        tokenizer = _from_pretrained(transformers.AutoTokenizer, source)
+        model = _weights(transformers, source)
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise InputError(
+            "model-incomplete", f"{source} has no vocabulary for its tokenizer, expected tokenizer.json beside config.json. Save it there too."
+        )
+    num_known = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > num_known:
+        raise InputError(
+            "weights-do-not-match",
+            f"the tokenizer of {source} has {len(tokenizer)} tokens, but the model has embeddings for {num_known}. Check that both belong together.",
+        )
+    return model, tokenizer
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise InputError("model-incomplete", f"{folder} has no config.json, expected a model as save_pretrained writes it. Check --model.")
+    if any(folder.glob("*.safetensors")):
+        return
+    if pickled := sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLED):
+        raise _pickled(str(folder), ", ".join(pickled))
+    raise InputError("model-incomplete", f"{folder} has no *.safetensors file, expected the weights there. Download or save the model again.")
+
+
+def _pickled(source: str, names: str) -> InputError:
+    return InputError(
+        "pickle-refused",
+        f"{source} has pickled weights only ({names}); loading a pickle can run any code, so it is refused. Take a version with *.safetensors, or, if you "
+        "trust it, load it with transformers elsewhere and save it with save_pretrained.",
+    )
+
+
+def _from_pretrained(kind: Any, source: str, **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(source, trust_remote_code=False, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _unavailable(source, error) from error
+
+
+def _unavailable(source: str, error: Exception) -> InputError:
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")
+    if Path(source).is_dir():
+        return InputError(
+            "model-incomplete", f"{source} cannot be loaded: {reason}. Check that it holds a model and its tokenizer; custom code is not run."
+        )
+    return InputError(
+        "model-unavailable",
+        f"cannot load {source!r}: there is no folder of that name, and the Hugging Face hub did not give it ({reason}). Check the id. Without a network, "
+        f"download it elsewhere first (hf download {source} --local-dir FOLDER) and pass --model FOLDER.",
+    )
+
+
+def _weights(transformers: Any, source: str) -> Any:
+    from safetensors import SafetensorError
+
+    config = _from_pretrained(transformers.AutoConfig, source)
+    if type(config) not in transformers.AutoModelForCausalLM._model_mapping:
+        raise InputError(
+            "task-not-supported",
+            f"{source} is of type {config.model_type}, which has no causal language model. Pass --model with a decoder such as Llama.",
+        )
+    options: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **options)
+    except SafetensorError as error:
+        raise InputError("damaged-weights", f"a safetensors file of {source} cannot be read ({error}). Download or save the model again.") from error
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        if "safetensors" in str(error) and not Path(source).is_dir():
+            raise _pickled(source, "on the hub") from error
+        raise _unavailable(source, error) from error
+    unfit = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if unfit:  # would be drawn at random without a word
+        raise InputError(
+            "weights-do-not-match",
+            f"the weights of {source} lack {len(unfit)} tensors that its config.json asks for, such as {unfit[0]}, or have them in another shape. "
+            "Check that both files belong together.",
+        )
+    return model
+
+
+@contextlib.contextmanager
+def quiet(transformers: Any) -> Iterator[None]:
+    """Silence the progress bars and reports of loading, and put back what was there."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    log = transformers.utils.logging
+    verbosity, bars, hub_bars = log.get_verbosity(), log.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    log.set_verbosity(logging.CRITICAL)
+    log.disable_progress_bar()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bars:
+            log.enable_progress_bar()
+        if hub_bars:
+            enable_progress_bars()
