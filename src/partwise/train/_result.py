@@ -1,0 +1,222 @@
+"""The end of a run: the whole model and tickets as folders that open anywhere, what each is worth on the test split, the summary and the report."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from partwise import report
+from partwise.atomic_files import write_folder
+from partwise.checks import InputError
+from partwise.models import Part
+from partwise.train._batches import batches_of
+from partwise.train._cards import model_card
+from partwise.train._metrics import accuracy, decode_speeds, throughputs
+from partwise.train._report import describe
+from partwise.train.job import describe as describe_method
+from partwise.train.ticket import Ticket, save_ticket, search
+from partwise.train.trainer import BATCHES_FOR_STATISTICS
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from partwise.runs import RunFolder
+    from partwise.train.job import Job
+    from partwise.train.trainer import SubnetTrainer
+
+SIZES = (0.75, 0.5, 0.25)  # of the tickets that every run leaves, beside the whole model
+NO_TICKET = {"empty-layer", "config-refuses-heads", "no-tickets"}  # why there is none of some size, or none at all
+METRICS = {"causal-lm": "perplexity", "classification": "accuracy"}
+PROMPT_LENGTH, NUM_TOKENS = 32, 64  # of the measurement of speed
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A ticket, or the whole model, with what it and the others it was chosen from are worth on the test split."""
+
+    ticket: Ticket
+    test_metrics: tuple[float, ...]
+
+    @property
+    def metric(self) -> float:
+        """Of the chosen one."""
+        scores = self.ticket.scores
+        return self.test_metrics[scores.index(min(scores))]
+
+    @property
+    def spread(self) -> dict[str, float] | None:
+        """What the candidates are worth, that is, what a ticket costs that nobody searched for; None where there was no choice."""
+        if len(set(self.ticket.scores)) == 1:
+            return None
+        metrics = self.test_metrics
+        return {"num_candidates": len(metrics), "mean": statistics.fmean(metrics), "low": min(metrics), "high": max(metrics)}
+
+
+def finish_run(job: Job, run: RunFolder, trainer: SubnetTrainer) -> dict[str, Any]:
+    """Turn a trained model into the files of a finished run.
+
+    Parameters
+    ----------
+    job, run
+        What ran, and where it is written.
+    trainer : SubnetTrainer
+        After its last round.
+
+    Returns
+    -------
+    dict
+        What is also written to ``summary.json``.
+    """
+    job.report("measuring", 0, 1 + len(SIZES), "the whole model")
+    found, missing = [measure_whole(job, trainer.model)], []
+    for number, keep in enumerate(SIZES, start=1):
+        job.report("measuring", number, 1 + len(SIZES), f"tickets of {100 * keep:.0f} %")
+        try:
+            found.append(measure_ticket(job, trainer, keep, num_candidates=job.settings.num_candidates, seed=job.settings.seed))
+        except InputError as error:
+            if error.code not in NO_TICKET:
+                raise
+            missing.append({"keep": keep, "code": error.code, "reason": str(error)})
+    speeds = measure_speeds(job, [one.ticket.model for one in found])
+    facts = training_facts(job, run, trainer)
+    job.report("writing", 0, 1, "")
+    with write_folder(run.result) as inside:
+        rows = [write_model(job, one, speed, inside / folder_of(one.ticket.keep), facts) for one, speed in zip(found, speeds, strict=True)]
+    summary = facts | {
+        "tickets": [row | {"folder": str(run.result / folder_of(row["keep"]))} for row in rows],
+        "missing_tickets": missing,
+        "result": str(run.result),
+        "run": str(run.path),
+        "ledger": trainer.ledger.to_json(),
+    }
+    return report.publish(run, summary, describe)
+
+
+def folder_of(keep: float) -> str:
+    """Where in ``result`` a ticket lies."""
+    return "model" if keep == 1 else f"tickets/keep-{100 * keep:g}"
+
+
+def measure_whole(job: Job, model: nn.Module) -> Measured:
+    """The whole model as the ticket that keeps everything."""
+    score = job.loss(model, job.task.calibration)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Measured(Ticket(model.eval(), Part({}), 1.0, score, (score,), num_parameters), (test_metric(job, model),))
+
+
+def measure_ticket(job: Job, trainer: SubnetTrainer, keep: float, *, num_candidates: int, seed: int) -> Measured:
+    """The best of some random tickets on the calibration split, and what all of them are worth on the test split."""
+    metrics: list[float] = []
+
+    def evaluate(model: nn.Module) -> float:
+        refresh_statistics(job, model)
+        metrics.append(test_metric(job, model))
+        return job.loss(model, job.task.calibration)
+
+    wanted = num_candidates if is_drawn(trainer, keep) else 1
+    ticket = search(trainer.method, trainer.model, trainer.axes, keep, evaluate=evaluate, num_candidates=wanted, seed=seed)
+    return Measured(ticket, tuple(metrics))
+
+
+def is_drawn(trainer: SubnetTrainer, keep: float) -> bool:
+    """Whether tickets of a size differ from one draw to the next; those that a method ranks do not."""
+    parts = [trainer.method.ticket_part(trainer.model, trainer.axes, keep, np.random.default_rng(number)) for number in range(4)]
+    return any(part != parts[0] for part in parts)
+
+
+def refresh_statistics(job: Job, model: nn.Module) -> None:
+    """What batch normalisation expects of its input is no longer true once filters or blocks are gone."""
+    import torch
+
+    if any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        batches = batches_of(job.task.loader, num_parts=1, seed=job.settings.seed).of(0, round_number=1, steps=(BATCHES_FOR_STATISTICS,))
+        torch.optim.swa_utils.update_bn([batch if isinstance(batch, Mapping) else batch[0] for batch in batches], model)
+
+
+def test_metric(job: Job, model: nn.Module) -> float:
+    """Perplexity or accuracy on the test split."""
+    if job.task.kind == "classification":
+        return accuracy(model, job.task.test)
+    return math.exp(job.loss(model, job.task.test))
+
+
+def measure_speeds(job: Job, models: Sequence[nn.Module]) -> list[float]:
+    """Tokens that each decodes in a second at batch size 1, or rows that it classifies; by turns, so that all have the same machine."""
+    job.report("measuring", 0, 1, "speed")
+    if job.task.kind == "classification":
+        return throughputs(models, job.task.test[0])
+    limit = min(int(getattr(model.config, "max_position_embeddings", None) or PROMPT_LENGTH + NUM_TOKENS) for model in models)
+    prompt_length = min(PROMPT_LENGTH, limit // 2)
+    return decode_speeds(models, batch_size=1, prompt_length=prompt_length, num_tokens=min(NUM_TOKENS, limit - prompt_length))
+
+
+def write_model(job: Job, measured: Measured, speed: float, folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Save a model with its card and say what it is worth; the row of the summary."""
+    ticket = measured.ticket
+    row = {
+        "keep": ticket.keep,
+        "num_parameters": ticket.num_parameters,
+        "metric": measured.metric,
+        "speed": speed,
+        "random": measured.spread,
+        "calibration_loss": ticket.score,
+        "notes": list(ticket.notes),
+    }
+    save_ticket(ticket, folder, tokenizer=job.task.tokenizer, card=model_card(ticket, row, facts))
+    return row | {"bytes": sum(path.stat().st_size for path in folder.glob("*.safetensors"))}
+
+
+def training_facts(job: Job, run: RunFolder, trainer: SubnetTrainer) -> dict[str, Any]:
+    """What the summary and the cards say about the training: over all processes that worked on the run."""
+    history, task = trainer.history, job.task
+    rows = [row for row in run.metrics() if row["kind"] == "round"]
+    state = trainer.state
+    assert state is not None
+    return {
+        "method": job.name,
+        "call": describe_method(job.method),
+        "data": task.name,
+        "kind": task.kind,
+        "unit": task.unit,
+        "metric_name": METRICS[task.kind],
+        "model": type(task.model).__name__,
+        "num_rounds": job.num_rounds,
+        "num_parts": job.method.num_parts,
+        "mode": job.settings.mode,
+        "num_steps": sum(report.num_steps for report in history),
+        "num_samples": sum(report.num_samples for report in history),
+        "num_lost": sum(part.was_lost for report in history for part in report.parts),
+        "bytes_down": sum(report.bytes_down for report in history),
+        "bytes_up": sum(report.bytes_up for report in history),
+        "coverage": statistics.fmean(report.coverage for report in history),
+        "holders": {name: counts.tolist() for name, counts in state.holders.items()},
+        "valid_loss": next((row["valid_loss"] for row in reversed(rows) if row.get("valid_loss") is not None), None),
+        "wire": {name: sum(row.get("wire", {}).get(name, 0) for row in rows) for name in ("bytes_down", "bytes_up")},
+        "mishaps": mishaps_of(rows),
+        "seconds": sum(report.seconds for report in history),
+        "seed": job.settings.seed,
+        "engine": job.place.engine,
+        "ledger_total": ledger_total(trainer),
+    }
+
+
+def mishaps_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """What engines counted, over all rounds: workers lost, parts sent again, results refused."""
+    found: dict[str, int] = {}
+    for row in rows:
+        for name, count in row.get("mishaps", {}).items():
+            found[name] = found.get(name, 0) + count
+    return found
+
+
+def ledger_total(trainer: SubnetTrainer) -> dict[str, Any]:
+    """The ledger in a line: parts, those that were lost, and what they held on average."""
+    total = trainer.ledger.total
+    num_parts = sum(total.statuses.values())
+    return {"parts": num_parts, "statuses": dict(total.statuses), "parameters": total.parameters // max(1, total.rank), "bytes": total.bytes}
