@@ -7,7 +7,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from partwise.checks import InputError, check_choice
-from partwise.models import BernoulliSampler, CoupledAxis, DisjointSampler, StratifiedSampler, coupled_axes, scale_readers
+from partwise.models import (
+    BernoulliSampler,
+    CoupledAxis,
+    DisjointSampler,
+    StratifiedSampler,
+    coupled_axes,
+    extract,
+    scale_readers,
+    tensors_of,
+    with_tensors,
+)
 from partwise.train.method import SubnetMethod
 
 if TYPE_CHECKING:
@@ -97,7 +107,10 @@ class IST(SubnetMethod):
             _check_norms(model, axes)
         # Dealt once in vain, so that layers which are too narrow are refused here and not in the first round.
         sampler = self._sampler() if self.sampler == "bernoulli" else DisjointSampler(require_equal=self.require_equal)
-        sampler(axes, [np.random.default_rng(index) for index in range(self.num_parts)])
+        parts = sampler(axes, [np.random.default_rng(index) for index in range(self.num_parts)])
+        if self.sampler == "bernoulli":  # layers of different size, which not every family can be built with
+            weightless = with_tensors(model, {name: tensor.detach().to("meta") for name, tensor in tensors_of(model).items()})
+            extract(weightless, parts[0], axes=axes, loadable=False)
         return axes
 
     def deal(self, axes: Sequence[Axis], generators: Sequence[np.random.Generator]) -> list[Part]:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["LoFT", "TicketMonitor"]
 
-SCALES = ("inverse_keep", "none")
 SCORES = ("l2", "bn_scaled")
 
 
@@ -33,19 +32,17 @@ class LoFT(SubnetMethod):
     section, blocks with a stride and everything that is no inner width stay whole in every part and are averaged. Bytes on the wire per round, for S parts
     and b bytes a number: 2 b (S P_shared + P_split).
 
-    Unlike the released code, whose pruning sorts upwards and so keeps the smallest filters, tickets keep the largest, as the paper says. Not taken over:
-    dealing in order of the norms.
+    As released, nothing makes up for the filters that a part or a ticket lacks: the norms along the residual stream take most of the scale away, and
+    multiplying what is left, as IST does, trained worse here. Unlike the released code, whose pruning sorts upwards and so keeps the smallest filters,
+    tickets keep the largest, as the paper says. Not taken over: dealing in the order of the norms.
 
     Parameters
     ----------
     num_local_steps : int or tuple of int, default=15
         As in the released script for ImageNet.
-    scale : {"inverse_keep", "none"}, default="inverse_keep"
-        inverse_keep: what a part's second convolution reads is multiplied by the number of filters over the number held, so that the merged network, which
-        sums over all of them, needs no change (ours). none: as released; enough where batch normalisation follows the second convolution.
     score : {"l2", "bn_scaled"}, default="l2"
-        What tickets rank filters by: their squared norm, or that times the squared weight of the batch normalisation behind them (ours), which does not
-        change when a filter is made larger and its normalisation smaller.
+        What tickets rank filters by: their squared norm, or that times the squared weight of the batch normalisation behind them, so that a filter which is
+        turned down there counts less (ours).
     include_first_section : bool, default=False
         Split the first section too; it is narrow, so that little is saved.
     include_strided : bool, default=False
@@ -57,14 +54,12 @@ class LoFT(SubnetMethod):
     """
 
     num_local_steps: int | tuple[int, ...] = 15
-    scale: Literal["inverse_keep", "none"] = "inverse_keep"
     score: Literal["l2", "bn_scaled"] = "l2"
     include_first_section: bool = False
     include_strided: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self.scale, SCALES, name="scale")
         check_choice(self.score, SCORES, name="score")
 
     def find_axes(self, model: nn.Module) -> tuple[Axis, ...]:
@@ -92,11 +87,6 @@ class LoFT(SubnetMethod):
         """Every filter in exactly one part, every block shuffled by itself."""
         return DisjointSampler()(axes, generators)
 
-    def factors(self, axes: Sequence[Axis], part: Part) -> dict[str, float]:
-        """Filters of the block over filters held, for inverse_keep."""
-        shares = {axis.name: axis.size / len(part.units[axis.name]) for axis in axes if axis.name in part.units}
-        return {name: share for name, share in shares.items() if share != 1 and self.scale == "inverse_keep"}
-
     def ranking(self, model: nn.Module) -> dict[str, tuple[int, ...]]:
         """For each block that is split, its filters from the largest score to the smallest; of equals the first."""
         return self.ranking_of(tensors_of(model), self.find_axes(model))
@@ -112,10 +102,6 @@ class LoFT(SubnetMethod):
             raise InputError("keep-range", f"got keep={keep}, expected a fraction above 0 and at most 1. Pass 0.5 to keep half.")
         ranking = self.ranking_of(tensors_of(model), axes)
         return Part({name: tuple(sorted(order[: max(1, int(keep * len(order) + 0.5))])) for name, order in ranking.items()})
-
-    def ticket_factors(self, axes: Sequence[Axis], part: Part) -> Mapping[str, float]:
-        """Nothing: the filters that go are the smallest, so what is left is not multiplied to make up for them."""
-        return {}
 
     def _inner_widths(self, model: nn.Module, filters: Sequence[CoupledAxis]) -> list[CoupledAxis]:
         """First filters of each block, without the first section and blocks with a stride."""
