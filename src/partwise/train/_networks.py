@@ -171,7 +171,7 @@ def build(config: Mapping[str, Any], *, seed: int = 0) -> nn.Module:
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs as well
         try:
             return _BUILDERS[str(kind)](**sizes)
-        except (TypeError, KeyError) as error:
+        except (TypeError, KeyError, ValueError) as error:
             raise InputError("network-config", f"the configuration {dict(config)} makes no {kind}: {error}. Take one that partwise wrote.") from error
 
 

@@ -26,7 +26,9 @@ PARTS = ("train", "valid", "test", "calibration")
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # every byte, and the end of a text
 TOKENIZER_CHARACTERS = 10_000_000  # that a tokenizer learns from, taken evenly from more; some seconds on one core
+SNIFFED = 8192  # bytes of a file by which a binary one is told before it is read
 PIECE = 20_000  # characters of what is taken at a time
+FEWEST_FILES = 10  # of which whole ones are held out; of fewer, too much of the text would be
 
 _TEXT_ENDINGS = {".py", ".txt", ".md", ".rst"}
 # Folders of the standard library that are no ordinary source: its tests, other packages, and tables or texts that a program wrote.
@@ -34,7 +36,7 @@ _NOT_LIBRARY = {
     "__pycache__", "distutils", "dist-packages", "encodings", "ensurepip", "idle_test", "idlelib", "lib-dynload", "lib2to3", "msilib", "pydoc_data",
     "site-packages", "test", "tests", "turtledemo",
 }  # fmt: skip
-_SPLIT_FILE = re.compile(r"(?:[\w-]+\.)?(train|valid|validation|val|dev|test)(?:\.(?:txt|tokens|raw|md|rst|py))*", re.IGNORECASE)
+_SPLIT_FILE = re.compile(r"(?:[\w-]+\.)?(train|valid|validation|val|dev|test)(?:\.(?:txt|tokens|raw))+", re.IGNORECASE)
 _SPLIT_NAMES = {"validation": "valid", "val": "valid", "dev": "valid"}
 
 Item = TypeVar("Item")
@@ -84,14 +86,16 @@ class Corpus:
 def read_corpus(text: str | None, *, valid_fraction: float = 0.05, seed: int = 0) -> Corpus:
     """Read texts and hold some out.
 
-    Files are held out whole. Which ones depends on ``seed`` and on their names, not on their number: a file that is added later moves few others. Where there
-    are fewer than four files, the end of every file is held out instead, in consecutive stretches.
+    Files are held out whole. Which ones depends on ``seed`` and on their names, not on their order: a file that is added later moves few others. Where there
+    are fewer than ten files, the end of every file is held out instead, in consecutive stretches. Of files with the same text only the first is read, so
+    that no text is held out and trained on.
 
     Parameters
     ----------
     text : str or None
         A text file, or a folder of them: all ``*.py``, ``*.txt``, ``*.md`` and ``*.rst``, and other files that are UTF-8 text. Hidden files and folders are
-        left out, and so are binary files. A folder with ``train.txt``, ``valid.txt`` and ``test.txt`` (or ``wiki.train.tokens`` and so on) is split as given.
+        left out, and so are binary files. A folder with ``train.txt``, ``valid.txt`` and ``test.txt`` (or ``wiki.train.tokens`` and so on) is split as
+        given, and its other files are not read.
         None is the source of Python's standard library, without its tests.
     valid_fraction : float, default=0.05
         Share of the text in ``valid``, and in ``test``; ``calibration`` gets half as much.
@@ -108,10 +112,13 @@ def read_corpus(text: str | None, *, valid_fraction: float = 0.05, seed: int = 0
         return _by_file("standard library", _library(), fractions, seed)
     path = Path(text).expanduser()
     documents = _read(path)
-    given = {part: document for document in documents if (part := _named_part(document.name)) is not None}
-    if path.is_dir() and {"train", "test"} <= set(given) and len(given) == len(documents):
+    given: dict[str, tuple[Document, ...]] = {}
+    for document in documents if path.is_dir() else ():
+        if (part := _named_part(document.name)) is not None:
+            given[part] = (*given.get(part, ()), document)
+    if "train" in given and len(given) > 1:
         return _as_given(path.name, given, fractions)
-    if len(documents) < len(PARTS):
+    if len(documents) < FEWEST_FILES:
         return _by_stretch(path.name, documents, fractions)
     return _by_file(path.name, documents, fractions, seed)
 
@@ -119,11 +126,11 @@ def read_corpus(text: str | None, *, valid_fraction: float = 0.05, seed: int = 0
 def _library() -> list[Document]:
     folder = Path(sysconfig.get_path("stdlib"))
     paths = [path for path in folder.rglob("*.py") if not _NOT_LIBRARY & set(path.relative_to(folder).parts) and path.is_file()]
-    found = [document for path in sorted(paths) if (document := _document(path, folder)) is not None]
-    if len(found) < len(PARTS):
+    found = _documents(sorted(paths), folder)
+    if len(found) < FEWEST_FILES:
         raise InputError(
             "no-library-source",
-            f"found {len(found)} source files of the standard library under {folder}, expected at least {len(PARTS)}. Pass your own text with --text, or use a "
+            f"found {len(found)} source files of the standard library under {folder}, expected at least {FEWEST_FILES}. Pass your own text with --text, or use a "
             "Python that comes with its library as source files.",
         )
     return found
@@ -134,9 +141,9 @@ def _read(path: Path) -> list[Document]:
     try:
         if path.is_dir():
             inside = (found for found in path.rglob("*") if not _is_hidden(found.relative_to(path)) and found.is_file())
-            documents = [document for found in sorted(inside) if (document := _document(found, path)) is not None]
+            documents = _documents(sorted(inside), path)
         elif path.exists():
-            documents = [document for document in [_document(path, path.parent, must_be_text=True)] if document is not None]
+            documents = _documents([path], path.parent, must_be_text=True)
         else:
             raise InputError("data-not-found", f"there is no file or folder {str(path)!r} in {Path.cwd()}. Check --text.")
     except OSError as error:
@@ -155,12 +162,23 @@ def _is_hidden(relative: Path) -> bool:
     return any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
 
 
+def _documents(paths: Sequence[Path], folder: Path, *, must_be_text: bool = False) -> list[Document]:
+    """The texts of files, each text once."""
+    found: dict[str, Document] = {}
+    for path in paths:
+        if (document := _document(path, folder, must_be_text=must_be_text)) is not None:
+            found.setdefault(document.text, document)
+    return list(found.values())
+
+
 def _document(path: Path, folder: Path, *, must_be_text: bool = False) -> Document | None:
     """The text of a file; None where there is none, or where a file without an ending of text files turns out to be binary."""
-    content = path.read_bytes()
     must_be_text = must_be_text or path.suffix.lower() in _TEXT_ENDINGS
-    if not must_be_text and b"\0" in content:
-        return None
+    with path.open("rb") as file:
+        content = file.read(SNIFFED)
+        if not must_be_text and b"\0" in content:
+            return None
+        content += file.read()
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -170,7 +188,8 @@ def _document(path: Path, folder: Path, *, must_be_text: bool = False) -> Docume
             "wrong-encoding",
             f"{path} is not UTF-8 text: byte {error.start} is 0x{content[error.start]:02x}. Convert it (iconv -f latin1 -t utf-8), or remove it.",
         ) from error
-    return Document(path.relative_to(folder).as_posix(), text) if text.strip() else None
+    name = path.relative_to(folder).as_posix().encode(errors="backslashreplace").decode()
+    return Document(name, text) if text.strip() else None
 
 
 def _named_part(name: str) -> str | None:
@@ -180,19 +199,19 @@ def _named_part(name: str) -> str | None:
 
 
 def _by_file(name: str, documents: Sequence[Document], fractions: Mapping[str, float], seed: int) -> Corpus:
-    """Go through the files in a drawn order and give each to the first part that it fits into."""
+    """Go through the files in a drawn order and give each to the first part that it fits into; every part gets one."""
     drawn = sorted(documents, key=lambda document: hashlib.sha256(f"{seed}\n{document.name}".encode()).digest())
     total = sum(len(document.text) for document in documents)
     home: dict[str, str] = {}
     for part, fraction in fractions.items():
-        free = fraction * total
-        for document in drawn:
-            if document.name not in home and len(document.text) <= free:
+        free, later = fraction * total, len(PARTS) - 1 - list(fractions).index(part)
+        left = [document for document in drawn if document.name not in home]
+        for document in left:
+            if len(document.text) <= free and len(drawn) - len(home) > later:
                 home[document.name] = part
                 free -= len(document.text)
-    for part in fractions:
-        if part not in home.values():  # all files are larger than its share
-            home[min((one for one in drawn if one.name not in home), key=lambda one: len(one.text)).name] = part
+        if free == fraction * total:  # all files are larger than its share
+            home[min(left, key=lambda document: len(document.text)).name] = part
     parts = {part: tuple(one for one in documents if home.get(one.name, "train") == part) for part in PARTS}
     return Corpus(name, parts, "file")
 
@@ -205,9 +224,10 @@ def _by_stretch(name: str, documents: Sequence[Document], fractions: Mapping[str
     return Corpus(name, parts, "stretch")
 
 
-def _as_given(name: str, given: Mapping[str, Document], fractions: Mapping[str, float]) -> Corpus:
+def _as_given(name: str, given: Mapping[str, tuple[Document, ...]], fractions: Mapping[str, float]) -> Corpus:
     missing = {part: fraction for part, fraction in fractions.items() if part not in given}
-    return Corpus(name, {part: (document,) for part, document in {**given, **_cut_off(given["train"], missing)}.items()}, "given")
+    cut = _by_stretch(name, given["train"], missing).parts if missing else {}
+    return Corpus(name, {**given, **{part: cut[part] for part in ("train", *missing) if missing}}, "given")
 
 
 def _cut_off(document: Document, fractions: Mapping[str, float]) -> dict[str, Document]:
