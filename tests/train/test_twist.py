@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
+import json
 import logging
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +18,14 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from model_families import IDS, generators, images, outputs
 from partwise.checks import InputError, PartwiseError
 from partwise.models import Part, count_holders, coupled_axes, extract, mask, merge, scale_readers, tensors_of
 from partwise.train import OptimizerSettings, SubnetTrainer, TwIST
-from partwise.train._local import scaled_inputs
+from partwise.train._local import scaled_inputs, task_loss
+from partwise.train._metrics import mean_loss
 from tiny import tiny_bert, tiny_decoder, tiny_gpt2, tiny_llama, tiny_mlp, tiny_resnet, tiny_vit
 from tolerances import assert_close
 
@@ -100,7 +106,7 @@ def test_the_factor_is_one_over_the_share_that_is_really_kept(correction: Any, e
     factors = method.factors(axes, part)
     assert factors["model.layers.0.self_attn"] == pytest.approx(4.0**exponent)  # 0.3 of 4 groups is 1
     assert factors["model.layers.0.mlp"] == pytest.approx(3.0**exponent)  # 0.3 of 6 blocks is 2
-    assert TwIST(num_blocks=6, correction="none").factors(axes, part) == {}
+    assert TwIST(num_blocks=6, keep=0.3, correction="none").factors(axes, part) == {}
     assert method.factors(axes, Part({axis.name: tuple(range(axis.size)) for axis in axes})) == {}
 
 
@@ -195,11 +201,11 @@ def test_parts_hold_whole_blocks_as_many_in_every_layer_and_as_evenly_as_can_be(
     keep: float, num_parts: int, num_blocks: int, balanced: bool, round_number: int
 ):
     method = TwIST(num_parts=num_parts, keep=keep, num_blocks=num_blocks, balanced=balanced)
-    axes = method.find_axes(DECODER)
     if keep * num_blocks < 0.5:
         with pytest.raises(InputError, match=r"leaves .* with none of its 24 neurons"):
-            method.deal(axes, generators(num_parts, round_number=round_number))
+            method.find_axes(DECODER)
         return
+    axes = method.find_axes(DECODER)
     parts = method.deal(axes, generators(num_parts, round_number=round_number))
     assert [part.index for part in parts] == list(range(num_parts))
     width = 24 // num_blocks
@@ -220,7 +226,7 @@ DECODER = tiny_decoder("Qwen2")
 
 
 def test_layers_are_dealt_independently_and_rounds_differ():
-    method = TwIST(num_parts=2, num_blocks=24)
+    method = TwIST(num_parts=2, keep=0.5, num_blocks=24)
     axes = method.find_axes(tiny_decoder("Llama"))
     [part, _] = method.deal(axes, generators(2))
     assert part.units["model.layers.0.mlp"] != part.units["model.layers.1.mlp"]
@@ -236,12 +242,65 @@ def test_workers_of_different_size_get_the_fractions_they_asked_for():
     assert set(method.factors(axes, parts[2]).values()) == {4.0}
 
 
+def sizes_of(parts: list[Part], axes: Any) -> list[float]:
+    """The fraction that each part holds of every axis."""
+    for part in parts:
+        assert len({len(part.units[axis.name]) / axis.size for axis in axes}) == 1
+    return [len(part.units[axes[0].name]) / axes[0].size for part in parts]
+
+
+def test_without_keep_one_part_is_whole_and_the_others_draw_a_size_in_every_round():
+    method = TwIST(num_parts=3, num_blocks=4)
+    axes = method.find_axes(tiny_decoder("Llama"))
+    rounds = [sizes_of(method.deal(axes, generators(3, round_number=number)), axes) for number in range(1, 40)]
+    assert {sizes[0] for sizes in rounds} == {1.0}
+    assert {sizes[1] for sizes in rounds} == {sizes[2] for sizes in rounds} == {0.25, 0.5, 0.75}
+    assert any(sizes[1] != sizes[2] for sizes in rounds)
+    assert rounds[5] == sizes_of(method.deal(axes, generators(3, round_number=6)), axes)
+    two = TwIST(num_parts=3, num_whole=2, sizes=(0.5,), num_blocks=4)
+    assert sizes_of(two.deal(axes, generators(3)), axes) == [1.0, 1.0, 0.5]
+
+
+@pytest.mark.parametrize(("num_whole", "sizes"), [(1, {1.0, 0.25, 0.5, 0.75}), (0, {0.25, 0.5, 0.75})])
+def test_a_part_that_is_alone_draws_its_own_size(num_whole: int, sizes: set[float]):
+    method = TwIST(num_parts=1, num_whole=num_whole, num_blocks=4)
+    axes = method.find_axes(tiny_decoder("Llama"))
+    assert {size for number in range(40) for size in sizes_of(method.deal(axes, generators(1, round_number=number)), axes)} == sizes
+
+
+def test_nested_parts_hold_the_first_units_and_lie_within_each_other():
+    method = TwIST(num_parts=3, keep=(0.25, 0.5, 1.0), num_blocks=4, choice="nested")
+    model = tiny_decoder("Llama")
+    axes = method.find_axes(model)
+    parts = method.deal(axes, generators(3))
+    for axis in axes:
+        held = [part.units[axis.name] for part in parts]
+        assert all(units == tuple(range(len(units))) for units in held)
+        assert [len(units) / axis.size for units in held] == [0.25, 0.5, 1.0]
+    ticket = method.ticket_part(model, axes, 0.5, np.random.default_rng(8))
+    assert ticket.units == parts[1].units
+
+
+def test_nested_units_are_corrected_only_when_asked():
+    part = Part({"model.layers.0.mlp": tuple(range(12))})
+    axes = TwIST(num_blocks=4).find_axes(tiny_decoder("Llama"))
+    assert TwIST(choice="nested").factors(axes, part) == {}
+    assert TwIST(choice="nested", correction="inverse_keep").factors(axes, part) == TwIST().factors(axes, part) == {"model.layers.0.mlp": 2.0}
+
+
+def test_settings_that_come_from_json_are_the_same_settings():
+    method = TwIST(num_parts=2, keep=(1.0, 0.5), sizes=(0.5,), pinned=("first", 2))
+    again = TwIST(**json.loads(json.dumps(dataclasses.asdict(method))))
+    assert again == method
+    assert repr(again) == repr(method)
+
+
 @pytest.mark.parametrize(("pinned", "split"), [(("first",), {1, 2}), (("first", "last"), {1}), ((1,), {0, 2}), (("2", 0), {1})])
 def test_pinned_layers_are_whole_in_every_part(pinned: tuple[str | int, ...], split: set[int]):
     model = tiny_decoder("Llama", num_hidden_layers=3)
     axes = TwIST(num_blocks=6, pinned=pinned).find_axes(model)
     assert {axis.name for axis in axes} == {f"model.layers.{layer}.{kind}" for layer in split for kind in ("self_attn", "mlp")}
-    small = extract(model, TwIST(num_blocks=6).deal(axes, generators(1))[0], axes=axes, loadable=False)
+    small = extract(model, TwIST(num_blocks=6, keep=0.5).deal(axes, generators(1))[0], axes=axes, loadable=False)
     for layer, block in enumerate(small.model.layers):
         assert block.mlp.down_proj.in_features == (12 if layer in split else 24)
 
@@ -291,6 +350,11 @@ def test_a_fraction_that_leaves_no_heads_is_refused_for_tickets_too():
         ({"keep": 1.5}, r"got keep=1\.5, expected a fraction above 0"),
         ({"keep": (0.5, -1.0), "num_parts": 2}, r"got keep=-1\.0"),
         ({"keep": (0.5, 0.5), "num_parts": 3}, "got 2 keep fractions for 3 parts, expected one each. Pass 3, or one for all"),
+        ({"sizes": (0.5, 2.0)}, r"got keep=2\.0, expected a fraction above 0"),
+        ({"sizes": ()}, r"got sizes=\(\), expected parts that draw from at least one size"),
+        ({"num_parts": 2, "num_whole": 2}, "got num_whole=2 for 2 parts, expected parts that draw from at least one size. Lower num_whole"),
+        ({"num_whole": -1}, "num_whole=-1 must be an integer of at least 0"),
+        ({"choice": "first"}, "choice='first' is not known. Choose one of: random, nested"),
         ({"num_blocks": 0}, "num_blocks=0 must be an integer of at least 1"),
         ({"correction": "inverse"}, "correction='inverse' is not known. Choose one of: inverse_keep, inverse_sqrt_keep, none"),
     ],
@@ -366,3 +430,34 @@ def test_pinned_layers_that_are_not_there_or_leave_nothing_are_refused():
         TwIST(num_blocks=6, pinned=(5,)).find_axes(tiny_decoder("Llama"))
     with pytest.raises(PartwiseError, match="got all 2 layers in pinned, expected at least one to split"):
         TwIST(num_blocks=6, pinned=("first", "last")).find_axes(tiny_decoder("Llama"))
+
+
+def source_text() -> Tensor:
+    """Characters of some modules of the standard library, as numbers."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    names = ("argparse", "ast", "dataclasses", "inspect", "pathlib", "typing", "textwrap", "shutil")
+    text = "".join((folder / f"{name}.py").read_text(encoding="utf-8") for name in names)
+    return torch.tensor([min(ord(character), 127) for character in text])
+
+
+@pytest.mark.slow
+def test_random_half_tickets_are_nearly_as_good_as_the_whole_model_and_those_of_an_ordinary_model_are_not():
+    """The tiny end-to-end run of the design: characters of Python source, one part, a new subnetwork every ten steps."""
+    text, context = source_text(), 48
+    rows = text[: len(text) // context * context].view(-1, context)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    train, held_out = rows[order[200:]], rows[order[:200]]
+    loader = DataLoader([{"input_ids": row, "labels": row} for row in train], batch_size=16, shuffle=True)
+    valid = [{"input_ids": held_out, "labels": held_out}]
+    sizes = {"vocab_size": 128, "hidden_size": 64, "num_attention_heads": 8, "intermediate_size": 256, "max_position_embeddings": context}
+    optimizer = OptimizerSettings(lr=4e-3)
+    losses: dict[float, tuple[float, float]] = {}
+    for keep in (0.5, 1.0):
+        method = TwIST(num_parts=1, keep=keep, num_local_steps=10)
+        trainer = SubnetTrainer(tiny_llama(**sizes), method, optimizer=optimizer, probe_every=0).fit(loader, num_rounds=40)
+        tickets = [mean_loss(trainer.ticket(0.5, seed=seed), valid, loss=task_loss) for seed in range(10)]
+        losses[keep] = mean_loss(trainer.model, valid, loss=task_loss), sum(tickets) / 10
+    (whole, ticket), (_, ordinary) = losses[0.5], losses[1.0]
+    print(losses)
+    assert ticket <= 1.03 * whole
+    assert ticket <= ordinary - 0.2

@@ -9,20 +9,20 @@ import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partwise import atomic_files
 from partwise.checks import InputError, RunError, check_at_least
-from partwise.models.axes import BlockAxis
+from partwise.models.axes import BlockAxis, Part
 from partwise.rounds import part_seed
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from partwise.models.axes import Axis, Part
+    from partwise.models.axes import Axis
     from partwise.train.method import SubnetMethod
 
 __all__ = ["Ticket", "cut", "load_ticket", "save_ticket", "search"]
@@ -45,9 +45,12 @@ class Ticket:
     score : float or None
         What ``evaluate`` said of it; None when none were compared.
     scores : tuple of float
-        Of all candidates, in the order in which they were drawn. Their mean is what a ticket costs that nobody searched for.
+        Of all candidates that differ, in the order in which they were tried. The mean of those that were drawn is what a ticket costs that nobody searched
+        for.
     num_parameters : int
         Of ``model``; a shared one counts once.
+    kinds : tuple of str, default=()
+        Where each score is from: ``"drawn"`` by the method, or ranked by ``"wanda"`` or ``"fluctuation"``.
     notes : tuple of str, default=()
         Where the ticket is not exactly what was asked for, and why.
     """
@@ -58,6 +61,7 @@ class Ticket:
     score: float | None
     scores: tuple[float, ...]
     num_parameters: int
+    kinds: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -82,7 +86,10 @@ def cut(method: SubnetMethod, model: nn.Module, axes: Sequence[Axis], keep: floa
     InputError
         When the fraction leaves a layer empty, or the model's own configuration class cannot describe the ticket.
     """
-    return _cut(method, model, axes, keep, seed=seed, candidate=0)
+    ticket = _ticket_of(method, model, axes, _draw(method, model, axes, keep, seed=seed, candidate=0), keep)
+    for note in ticket.notes:
+        logger.info("%s", note)
+    return ticket
 
 
 def search(
@@ -93,9 +100,10 @@ def search(
     *,
     evaluate: Callable[[nn.Module], float],
     num_candidates: int = 16,
+    calibration: Iterable[Any] | None = None,
     seed: int = 0,
 ) -> Ticket:
-    """The ticket with the lowest score among several that the method draws; the first of equals. The first candidate is what ``cut`` gives.
+    """The ticket with the lowest score among several; the first of equals. The first candidate is what ``cut`` gives.
 
     Parameters
     ----------
@@ -103,9 +111,12 @@ def search(
         As for `cut`.
     evaluate : callable
         Model -> score, lower is better. Measure on data that neither training nor the final test sees: the best of several on the test data looks better
-        than it is.
+        than it is. What it does to the model, such as new statistics of batch normalisation, stays.
     num_candidates : int, default=16
-        Tickets to draw.
+        Tickets that the method draws. A ticket that was drawn before is not tried again.
+    calibration : iterable, optional
+        A few batches. With them, two more tickets of the same size are tried: those of the units that `unit_scores` ranks highest by ``"wanda"`` and by
+        ``"fluctuation"``. Not in the paper, whose tickets need no data.
 
     Raises
     ------
@@ -115,19 +126,25 @@ def search(
     check_at_least(num_candidates, 1, name="num_candidates")
     best: Ticket | None = None
     scores: list[float] = []
-    for candidate in range(num_candidates):
-        ticket = _cut(method, model, axes, keep, seed=seed, candidate=candidate)
+    kinds: list[str] = []
+    tried: list[Part] = []
+    for kind, part in _candidates(method, model, axes, keep, num_candidates=num_candidates, calibration=calibration, seed=seed):
+        if part in tried:
+            continue
+        tried.append(part)
+        ticket = _ticket_of(method, model, axes, part, keep)
         score = float(evaluate(ticket.model))
         if not math.isfinite(score):
             raise RunError(
                 "ticket-score",
-                f"ticket {candidate} of keep={keep} got the score {score}, expected a finite number. Check the model for NaN, and what evaluate returns.",
+                f"ticket {len(scores)} of keep={keep} got the score {score}, expected a finite number. Check the model for NaN, and what evaluate returns.",
             )
         scores.append(score)
+        kinds.append(kind)
         if best is None or best.score is None or score < best.score:
             best = dataclasses.replace(ticket, score=score)
     assert best is not None
-    return dataclasses.replace(best, scores=tuple(scores))
+    return dataclasses.replace(best, scores=tuple(scores), kinds=tuple(kinds))
 
 
 def save_ticket(ticket: Ticket, folder: Path, *, tokenizer: Any = None, card: str = "") -> None:
@@ -188,17 +205,36 @@ def load_ticket(folder: Path) -> nn.Module:
     return model.eval()
 
 
-def _cut(method: SubnetMethod, model: nn.Module, axes: Sequence[Axis], keep: float, *, seed: int, candidate: int) -> Ticket:
+def _candidates(
+    method: SubnetMethod, model: nn.Module, axes: Sequence[Axis], keep: float, *, num_candidates: int, calibration: Iterable[Any] | None, seed: int
+) -> Iterator[tuple[str, Part]]:
+    """Parts to try, each with where it is from."""
+    from partwise.selection import select
+    from partwise.train._scores import unit_scores
+
+    drawn = [_draw(method, model, axes, keep, seed=seed, candidate=candidate) for candidate in range(num_candidates)]
+    yield from (("drawn", part) for part in drawn)
+    if calibration is None:
+        return
+    for metric, scores in unit_scores(model, axes, calibration).items():
+        # Of every axis as many units as a drawn ticket has.
+        ranked = {name: tuple(select(scores[name], keep=len(units)).tolist()) for name, units in drawn[0].units.items() if name in scores}
+        yield metric, Part(dict(drawn[0].units) | ranked)
+
+
+def _draw(method: SubnetMethod, model: nn.Module, axes: Sequence[Axis], keep: float, *, seed: int, candidate: int) -> Part:
     import numpy as np
 
+    return method.ticket_part(model, axes, keep, np.random.default_rng(part_seed(seed, round_number=0, part=candidate)))
+
+
+def _ticket_of(method: SubnetMethod, model: nn.Module, axes: Sequence[Axis], part: Part, keep: float) -> Ticket:
     from partwise.models import extract, scale_readers
 
-    part = method.ticket_part(model, axes, keep, np.random.default_rng(part_seed(seed, round_number=0, part=candidate)))
-    small = scale_readers(extract(model, part, axes=axes), method.ticket_factors(axes, part), axes=axes)
-    notes = _notes(axes, part, keep)
-    for note in notes if candidate == 0 else ():
-        logger.info("%s", note)
-    return Ticket(small.eval(), part, keep, None, (), sum(tensor.numel() for tensor in small.parameters()), notes)
+    small = extract(model, part, axes=axes)
+    if factors := method.ticket_factors(axes, part):
+        small = scale_readers(small, factors, axes=axes)
+    return Ticket(small.eval(), part, keep, None, (), sum(tensor.numel() for tensor in small.parameters()), notes=_notes(axes, part, keep))
 
 
 def _notes(axes: Sequence[Axis], part: Part, keep: float) -> tuple[str, ...]:
@@ -221,6 +257,7 @@ def _facts(ticket: Ticket) -> dict[str, Any]:
         "num_parameters": ticket.num_parameters,
         "score": ticket.score,
         "scores": list(ticket.scores),
+        "kinds": list(ticket.kinds),
         "notes": list(ticket.notes),
         "units": {name: list(units) for name, units in ticket.part.units.items()},
     }

@@ -33,20 +33,31 @@ _EXPONENTS = {"inverse_keep": 1.0, "inverse_sqrt_keep": 0.5, "none": 0.0}
 
 @dataclass(frozen=True, kw_only=True)
 class TwIST(SubnetMethod):
-    """Subnetworks of a transformer, drawn from head groups and blocks of feed-forward neurons of every layer.
+    """Subnetworks of a transformer, made of head groups and blocks of feed-forward neurons of every layer.
+
+    Left as it is, some parts hold the whole model and the others a size that they draw anew in every round, so that the whole model and tickets of all those
+    sizes are good. With ``keep``, every part holds as much as it says and no worker needs the whole model; tickets of other sizes are then worse.
 
     Parameters
     ----------
-    keep : float or tuple of float, default=0.5
+    keep : float or tuple of float, optional
         Fraction of the head groups and of the blocks of every layer that a part holds, rounded to whole ones. A tuple has one for each part: workers of
-        different size.
+        different size. Left out: ``num_whole`` and ``sizes`` say it.
+    sizes : tuple of float, default=(0.25, 0.5, 0.75)
+        Fractions of which a part draws one in each round, where ``keep`` does not say.
+    num_whole : int, default=1
+        Parts that hold everything in every round, where ``keep`` does not say. A part that is alone draws from 1 and ``sizes`` instead; 0: from ``sizes``.
+    choice : {"random", "nested"}, default="random"
+        random: units are drawn anew for every part and every ticket. nested: a part holds the first units of every axis, so that each size lies within the
+        larger ones, and a ticket is what was trained at its size. Sort the units of a model that is trained already first, see ``sort_units``.
     num_blocks : int, default=16
         Blocks into which the neurons of a feed-forward layer are cut; it has to divide their number.
-    correction : {"inverse_keep", "inverse_sqrt_keep", "none"}, default="inverse_keep"
+    correction : {"inverse_keep", "inverse_sqrt_keep", "none"}, optional
         What the sum over the kept units is multiplied by in a part: one over the kept fraction, so that its mean over all choices is the whole sum; the
-        root of that, which keeps the second moment where summands are independent and centred; or nothing.
+        root of that, which keeps the second moment where summands are independent and centred; or nothing. Left out: inverse_keep for random units, none
+        for nested ones, which are always the same.
     balanced : bool, default=True
-        Deal one shuffle round and round, so that no unit has more than one holder above any other. Otherwise each part draws for itself.
+        Deal one shuffle of random units round and round, so that no unit has more than one holder above any other. Otherwise each part draws for itself.
     pinned : tuple of str or int, default=()
         Layers that every part and every ticket holds whole: ``"first"``, ``"last"`` or numbers. Tickets then have layers of different sizes, which stock
         ``from_pretrained`` cannot read; ``load_ticket`` can.
@@ -55,25 +66,39 @@ class TwIST(SubnetMethod):
     ----------
     TwIST: Rigging the Lottery in Transformers with Independent Subnetwork Training. arXiv:2511.03983. From the paper: subnetworks of attention heads and
     feed-forward blocks are trained in parallel, averaged, and drawn anew; a correction of the activations; random subnetworks of the final model are used
-    as they are. Its formulas and settings were not at hand: how units are dealt, the correction, sizes that vary and every default are ours.
+    as they are. Its formulas and settings were not at hand: how units are dealt, the form of the correction and every default are ours. Parts that hold
+    everything among smaller ones: Universally Slimmable Networks, arXiv:1903.05134. Nested units: MatFormer, arXiv:2310.07707.
     """
 
-    keep: float | tuple[float, ...] = 0.5
+    keep: float | tuple[float, ...] | None = None
+    sizes: tuple[float, ...] = (0.25, 0.5, 0.75)
+    num_whole: int = 1
+    choice: Literal["random", "nested"] = "random"
     num_blocks: int = 16
-    correction: Correction = "inverse_keep"
+    correction: Correction | None = None
     balanced: bool = True
     pinned: tuple[str | int, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        FixedFractionSampler(keep=self.keep)  # refuses fractions out of range
+        for name in ("keep", "sizes", "pinned"):  # JSON has lists only
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
+        for keep in (*self.sizes, *(self.keep if isinstance(self.keep, tuple) else () if self.keep is None else (self.keep,))):
+            FixedFractionSampler(keep=keep)  # refuses fractions out of range
         if isinstance(self.keep, tuple) and len(self.keep) != self.num_parts:
             raise InputError(
                 "keep-per-part",
                 f"got {len(self.keep)} keep fractions for {self.num_parts} parts, expected one each. Pass {self.num_parts}, or one for all.",
             )
+        check_at_least(self.num_whole, 0, name="num_whole")
+        if self.keep is None and (self.num_whole >= self.num_parts > 1 or not self.sizes):
+            got = f"num_whole={self.num_whole} for {self.num_parts} parts" if self.sizes else "sizes=()"
+            raise InputError("no-sizes", f"got {got}, expected parts that draw from at least one size. Lower num_whole, name sizes, or pass keep.")
+        check_choice(self.choice, ("random", "nested"), name="choice")
         check_at_least(self.num_blocks, 1, name="num_blocks")
-        check_choice(self.correction, tuple(_EXPONENTS), name="correction")
+        if self.correction is not None:
+            check_choice(self.correction, tuple(_EXPONENTS), name="correction")
 
     def find_axes(self, model: nn.Module) -> tuple[Axis, ...]:
         """Head groups and feed-forward neurons of every layer that is not pinned; of a GPT-2 only the neurons.
@@ -102,41 +127,50 @@ class TwIST(SubnetMethod):
         self._check_blocks(axes)
         split = self._without_pinned(axes)
         # Dealt once in vain, so that a fraction that leaves a layer empty is refused here and not in the first round.
-        self.deal(split, [np.random.default_rng(index) for index in range(self.num_parts)])
+        fractions = self.keep if isinstance(self.keep, tuple) else self.sizes if self.keep is None else (self.keep,)
+        self._dealt(split, [np.random.default_rng(0) for _ in fractions], fractions, balanced=False)
         return split
 
     def deal(self, axes: Sequence[Axis], generators: Sequence[np.random.Generator]) -> list[Part]:
         """One part per generator."""
-        return self._dealt(axes, generators, self.keep, balanced=self.balanced)
+        return self._dealt(axes, generators, self._fractions(generators), balanced=self.balanced)
 
     def factors(self, axes: Sequence[Axis], part: Part) -> dict[str, float]:
         """One over the kept fraction, or its root, for every axis that a part does not hold whole."""
-        exponent = _EXPONENTS[self.correction]
+        exponent = _EXPONENTS[self.correction or ("none" if self.choice == "nested" else "inverse_keep")]
         shares = {axis.name: axis.size / len(part.units[axis.name]) for axis in axes if axis.name in part.units}
         return {name: share**exponent for name, share in shares.items() if share != 1 and exponent}
 
     def ticket_part(self, model: nn.Module, axes: Sequence[Axis], keep: float, generator: np.random.Generator) -> Part:
-        """Random head groups and blocks, as many in every layer; of head groups the nearest number that the model's configuration class loads."""
+        """Head groups and blocks as parts get them, as many in every layer; of head groups the nearest number that the model's configuration class loads."""
         import numpy as np
 
         # The sampler refuses a fraction that leaves nothing before the nearest loadable number could hide it.
-        self._dealt(axes, [np.random.default_rng(0)], keep, balanced=False)
+        self._dealt(axes, [np.random.default_rng(0)], (keep,), balanced=False)
         units: dict[str, tuple[int, ...]] = {}
         for axis in axes:
             kept = _loadable_groups(model, axis, keep) / axis.size if axis.kind == "heads" else keep
-            [part] = self._dealt([axis], [generator], kept, balanced=False)
+            [part] = self._dealt([axis], [generator], (kept,), balanced=False)
             units.update(part.units)
         return Part(units)
 
-    def _dealt(
-        self, axes: Sequence[Axis], generators: Sequence[np.random.Generator], keep: float | tuple[float, ...], *, balanced: bool
-    ) -> list[Part]:
+    def _fractions(self, generators: Sequence[np.random.Generator]) -> tuple[float, ...]:
+        """What each part keeps in a round."""
+        if self.keep is not None:
+            return self.keep if isinstance(self.keep, tuple) else (self.keep,) * len(generators)
+        if len(generators) == 1:
+            return (float(generators[0].choice((*((1.0,) if self.num_whole else ()), *self.sizes))),)
+        return tuple(1.0 if part < self.num_whole else float(generator.choice(self.sizes)) for part, generator in enumerate(generators))
+
+    def _dealt(self, axes: Sequence[Axis], generators: Sequence[np.random.Generator], keep: tuple[float, ...], *, balanced: bool) -> list[Part]:
+        """One part for each generator and fraction."""
         units: list[dict[str, tuple[int, ...]]] = [{} for _ in generators]
         for axis in axes:  # one by one, for layers of an uneven model differ in size
             width = {} if axis.kind == "heads" else {axis.kind: axis.size // self.num_blocks}
             parts = FixedFractionSampler(keep=keep, block_size=width, balanced=balanced)([axis], generators)
             for mine, part in zip(units, parts, strict=True):
-                mine.update(part.units)
+                held = part.units[axis.name]
+                mine[axis.name] = tuple(range(len(held))) if self.choice == "nested" else held
         return [Part(mine, index=index) for index, mine in enumerate(units)]
 
     def _check_blocks(self, axes: Sequence[Axis]) -> None:
