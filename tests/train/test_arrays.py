@@ -39,6 +39,11 @@ def test_a_split_is_disjoint_complete_and_takes_its_share_of_every_class(counts:
         assert (np.abs(taken - share * np.array(counts)) < 2).all()
 
 
+def test_no_more_samples_are_held_out_for_validation_than_are_worth_measuring_on():
+    parts = _arrays._split(labels(30_000), valid_fraction=0.2, with_test=True, seed=0, name="x")
+    assert {part: len(indices) for part, indices in parts.items()} == {"train": 21_000, "valid": 2000, "test": 6000, "calibration": 1000}
+
+
 def test_the_seed_decides_which_samples_are_held_out():
     first, again, other = (read_samples(None, seed=seed) for seed in (0, 0, 1))
     for part in PARTS:

@@ -24,6 +24,7 @@ __all__ = ["PARTS", "Samples", "as_images", "as_rows", "read_samples"]
 PARTS = ("train", "valid", "test", "calibration")
 CHANNELS = (1, 3, 4)  # numbers of channels by which the layout of images is told
 SUFFIXES = (".npz", ".csv")
+MOST_HELD_OUT = {"valid": 2000, "calibration": 1000}  # samples; more would take longer to measure on than they tell
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def read_samples(data: str | None, *, valid_fraction: float = 0.15, seed: int = 
         A ``.npz`` file with ``x_train``, ``y_train``, ``x_test`` and ``y_test``, or ``x`` and ``y``: rows (n, d), or images (n, h, w), (n, h, w, c) or
         (n, c, h, w) of 1, 3 or 4 channels. Or a ``.csv`` file whose last column has the classes. None is the handwritten digits of scikit-learn.
     valid_fraction : float, default=0.15
-        Share of the samples in ``valid``, and in ``test`` where the file does not say which those are; ``calibration`` gets half as much.
+        Share of the samples in ``valid``, and in ``test`` where the file does not say which those are; ``calibration`` gets half as much. No more than
+        2000 in ``valid`` and 1000 in ``calibration``.
     seed : int, default=0
         Of the choice of samples.
 
@@ -284,6 +286,7 @@ def _split(classes: NDArray[np.int64], *, valid_fraction: float, with_test: bool
     drawn = generator.permutation(len(classes))
     left = drawn[np.argsort(classes[drawn], kind="stable")]  # class after class, each in an order of its own
     shares = {"valid": valid_fraction, "test": valid_fraction if with_test else 0.0, "calibration": valid_fraction / 2}
+    shares |= {part: min(shares[part], most / len(classes)) for part, most in MOST_HELD_OUT.items()}
     parts = {}
     for part, share in shares.items():
         if share:

@@ -130,8 +130,8 @@ def _library() -> list[Document]:
     if len(found) < FEWEST_FILES:
         raise InputError(
             "no-library-source",
-            f"found {len(found)} source files of the standard library under {folder}, expected at least {FEWEST_FILES}. Pass your own text with --text, or use a "
-            "Python that comes with its library as source files.",
+            f"found {len(found)} source files of the standard library under {folder}, expected at least {FEWEST_FILES}. Pass your own text with --text, or "
+            "use a Python that comes with its library as source files.",
         )
     return found
 

@@ -49,7 +49,8 @@ class TaskSettings:
     batch_size : int, default=16
         Blocks of text or samples in a batch.
     valid_fraction : float, optional
-        Share held out for validation, and as much again for the test; tickets are chosen on half as much. Left out: 0.05 of a text, 0.15 of samples.
+        Share held out for validation, and as much again for the test; tickets are chosen on half as much. Left out: 0.05 of a text, 0.15 of samples. Of
+        samples no more than 2000 are for validation and 1000 to choose tickets.
     vocab_size : int, default=2048
         Tokens of the byte-level BPE tokenizer that is learnt from the text. Not used with a model that brings its own.
     test_tokens : int, default=65536
