@@ -6,9 +6,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from partwise.report import format_bytes, format_metric
+from partwise.train._report import format_speed
 
 if TYPE_CHECKING:
     from partwise.train.ticket import Ticket
+
+ORIGINS = {
+    "drawn": "one of the random tickets",
+    "wanda": "units ranked by weights and activations (Wanda)",
+    "fluctuation": "units ranked by the variance of their activations (FLAP)",
+}
 
 
 def model_card(ticket: Ticket, row: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
@@ -34,13 +41,14 @@ def model_card(ticket: Ticket, row: Mapping[str, Any], facts: Mapping[str, Any])
         ("rounds, parts of each, local steps of all parts", f"{facts['num_rounds']:,}, {facts['num_parts']}, {facts['num_steps']:,}"),
         ("parameters", f"{row['num_parameters']:,}"),
         (f"{facts['metric_name']} on the test split", format_metric(row["metric"])),
-        (f"{facts['unit']} per second where it was made{', one at a time' * (facts['kind'] == 'causal-lm')}", format_metric(row["speed"])),
+        (f"{facts['unit']} per second where it was made{', one at a time' * (facts['kind'] == 'causal-lm')}", format_speed(row["speed"])),
         ("seed", facts["seed"]),
     ]
     if row["random"]:
         spread = row["random"]
         text = f"{format_metric(spread['mean'])} on average, {format_metric(spread['low'])} to {format_metric(spread['high'])}"
-        lines.insert(5, (f"the same of all {spread['num_candidates']} random tickets that it was chosen from on other data", text))
+        lines.insert(5, (f"the same of {spread['num_candidates']} random tickets of this size", text))
+        lines.insert(6, ("chosen on other data, the calibration split; where from", ORIGINS.get(row["chosen"], row["chosen"])))
     table = "\n".join(f"| {name} | {value} |" for name, value in lines)
     notes = "".join(f"\n{note}\n" for note in row["notes"])
     return f"""---

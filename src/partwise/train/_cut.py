@@ -43,8 +43,8 @@ def cut_run(
     Returns
     -------
     dict
-        ``keep``, ``num_parameters``, ``unit``, ``metric_name``, ``metric``, ``speed``, ``random``, ``notes``, ``bytes``, ``folder``, ``run``, ``round_number``, and
-        ``whole`` with the same numbers of the whole model.
+        The row of the ticket as in ``summary.json``, ``whole`` with the same numbers of the whole model, ``metric_name``, ``unit``, ``run`` and the
+        ``round_number`` it was cut from.
 
     Raises
     ------

@@ -172,7 +172,14 @@ def tickets(rows: Sequence[Mapping[str, Any]], *, metric_name: str, speed_name: 
     right.bar(places, [row["speed"] for row in measured], width=0.6, facecolor=shade(0.45))
     for place, row in zip(places, measured, strict=True):
         right.annotate(
-            f"{row['speed']:.3g}", (place, row["speed"]), ha="center", va="bottom", xytext=(0, 2), textcoords="offset points", fontsize=9, color=INK
+            f"{row['speed']:,.0f}" if row["speed"] >= 100 else f"{row['speed']:.3g}",
+            (place, row["speed"]),
+            ha="center",
+            va="bottom",
+            xytext=(0, 2),
+            textcoords="offset points",
+            fontsize=9,
+            color=INK,
         )
     right.set_xticks(list(places), [f"{100 * row['keep']:.0f} %" for row in measured])
     right.set(xlabel="units kept", ylabel=speed_name)

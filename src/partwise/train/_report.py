@@ -62,6 +62,15 @@ def verdict_of(summary: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]) 
     return text
 
 
+def format_speed(speed: float) -> str:
+    """Digits that count, without an exponent.
+
+    >>> format_speed(99_487.3), format_speed(213.96)
+    ('99,487', '214')
+    """
+    return f"{speed:,.0f}" if speed >= 100 else format_metric(speed)
+
+
 def num_untrained(summary: Mapping[str, Any]) -> int:
     """Units that no part ever held."""
     return sum(count == 0 for units in (summary.get("holders") or {}).values() for count in units)
@@ -91,14 +100,15 @@ def _ticket_section(summary: Mapping[str, Any]) -> Section | None:
     name, speed = summary["metric_name"], f"{summary['unit']} per second"
     figure = markup(figures.tickets(tickets, metric_name=name, speed_name=speed)) if len(tickets) > 1 else None
     labels = ("units kept", "parameters", f"test {name}", "random ones: mean", "from", "to", speed, "bytes", "folder")
-    columns = [Column(label, numeric=label != "folder") for label in labels]
+    columns = [Column(label, numeric=label not in ("chosen", "folder")) for label in labels]
     cells = [
         [
             f"{100 * row['keep']:g} %",
             f"{row['num_parameters']:,}",
             format_metric(row["metric"]),
             *(format_metric(row["random"][key]) if row["random"] else "-" for key in ("mean", "low", "high")),
-            format_metric(row["speed"]),
+            row["chosen"],
+            format_speed(row["speed"]),
             f"{row['bytes']:,}",
             row["folder"].removeprefix(f"{summary['run']}/"),
         ]
@@ -108,7 +118,8 @@ def _ticket_section(summary: Mapping[str, Any]) -> Section | None:
     lead = "Subnetworks of the trained model, cut out and used as they are."
     if drawn:
         lead += (
-            f" Each is the best of {drawn} random ones on the calibration split; all numbers are from the test split, which nothing was chosen on."
+            f" Each is the best of {drawn} random ones, and of two that are ranked by their units' activations, on the calibration split. All numbers are from "
+            "the test split, on which nothing was chosen."
         )
     notes = [*(note for row in tickets for note in row["notes"]), *(row["reason"] for row in summary.get("missing_tickets", []))]
     return Section("tickets", "Tickets", lead, figure, " ".join(dict.fromkeys(notes)), [Grid("Every size.", columns, [Group("", cells)])])

@@ -44,17 +44,26 @@ class Measured:
     test_metrics: tuple[float, ...]
 
     @property
+    def place(self) -> int:
+        """Of the chosen one among the candidates."""
+        return self.ticket.scores.index(min(self.ticket.scores))
+
+    @property
     def metric(self) -> float:
         """Of the chosen one."""
-        scores = self.ticket.scores
-        return self.test_metrics[scores.index(min(scores))]
+        return self.test_metrics[self.place]
+
+    @property
+    def chosen(self) -> str:
+        """Where the chosen one is from: drawn at random, or ranked by some score of its units."""
+        return self.ticket.kinds[self.place] if self.ticket.kinds else "whole"
 
     @property
     def spread(self) -> dict[str, float] | None:
-        """What the candidates are worth, that is, what a ticket costs that nobody searched for; None where there was no choice."""
-        if len(set(self.ticket.scores)) == 1:
+        """What tickets are worth that were drawn and not chosen; None where there was no choice."""
+        metrics = [metric for metric, kind in zip(self.test_metrics, self.ticket.kinds, strict=False) if kind == "drawn"]
+        if len(metrics) < 2:
             return None
-        metrics = self.test_metrics
         return {"num_candidates": len(metrics), "mean": statistics.fmean(metrics), "low": min(metrics), "high": max(metrics)}
 
 
@@ -111,7 +120,7 @@ def measure_whole(job: Job, model: nn.Module) -> Measured:
 
 
 def measure_ticket(job: Job, trainer: SubnetTrainer, keep: float, *, num_candidates: int, seed: int) -> Measured:
-    """The best of some random tickets on the calibration split, and what all of them are worth on the test split."""
+    """The best of some random and two ranked tickets on the calibration split, and what all of them are worth on the test split."""
     metrics: list[float] = []
 
     def evaluate(model: nn.Module) -> float:
@@ -119,13 +128,21 @@ def measure_ticket(job: Job, trainer: SubnetTrainer, keep: float, *, num_candida
         metrics.append(test_metric(job, model))
         return job.loss(model, job.task.calibration)
 
-    wanted = num_candidates if is_drawn(trainer, keep) else 1
-    ticket = search(trainer.method, trainer.model, trainer.axes, keep, evaluate=evaluate, num_candidates=wanted, seed=seed)
+    ticket = search(
+        trainer.method,
+        trainer.model,
+        trainer.axes,
+        keep,
+        evaluate=evaluate,
+        num_candidates=num_candidates,
+        calibration=job.task.calibration if is_drawn(trainer, keep) else None,
+        seed=seed,
+    )
     return Measured(ticket, tuple(metrics))
 
 
 def is_drawn(trainer: SubnetTrainer, keep: float) -> bool:
-    """Whether tickets of a size differ from one draw to the next; those that a method ranks do not."""
+    """Whether tickets of a size differ from one draw to the next; where a method says which units stay, there is nothing to choose."""
     parts = [trainer.method.ticket_part(trainer.model, trainer.axes, keep, np.random.default_rng(number)) for number in range(4)]
     return any(part != parts[0] for part in parts)
 
@@ -164,6 +181,7 @@ def write_model(job: Job, measured: Measured, speed: float, folder: Path, facts:
         "num_parameters": ticket.num_parameters,
         "metric": measured.metric,
         "speed": speed,
+        "chosen": measured.chosen,
         "random": measured.spread,
         "calibration_loss": ticket.score,
         "notes": list(ticket.notes),

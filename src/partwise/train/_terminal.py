@@ -45,6 +45,7 @@ def ticket_table(summary: Mapping[str, Any]) -> Table:
     from rich.table import Table
 
     from partwise.report import format_bytes, format_metric
+    from partwise.train._report import format_speed
 
     name = summary["metric_name"]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
@@ -54,21 +55,22 @@ def ticket_table(summary: Mapping[str, Any]) -> Table:
         spread = row["random"]
         text = "-" if spread is None else f"{format_metric(spread['mean'])} ({format_metric(spread['low'])} to {format_metric(spread['high'])})"
         size = f"{row['num_parameters']:,}"
-        table.add_row(f"{100 * row['keep']:g} %", size, format_metric(row["metric"]), text, format_metric(row["speed"]), format_bytes(row["bytes"]))
+        table.add_row(f"{100 * row['keep']:g} %", size, format_metric(row["metric"]), text, format_speed(row["speed"]), format_bytes(row["bytes"]))
     return table
 
 
 def ticket_lines(cut: Mapping[str, Any]) -> list[str]:
     """What ``partwise train ticket`` says."""
     from partwise.report import format_bytes, format_metric
+    from partwise.train._report import format_speed
 
     name, spread = cut["metric_name"], cut["random"]
     lines = [
         f"{name} on the test split: {format_metric(cut['whole']['metric'])} whole, {format_metric(cut['metric'])} cut to {100 * cut['keep']:g} % of the units",
         f"parameters: {cut['whole']['num_parameters']:,} -> {cut['num_parameters']:,}, {format_bytes(cut['bytes'])}",
-        f"speed: {format_metric(cut['whole']['speed'])} -> {format_metric(cut['speed'])} {cut['unit']} per second",
+        f"speed: {format_speed(cut['whole']['speed'])} -> {format_speed(cut['speed'])} {cut['unit']} per second",
     ]
     if spread:
         drawn = f"{format_metric(spread['mean'])} on average, {format_metric(spread['low'])} to {format_metric(spread['high'])}"
-        lines.append(f"chosen on the calibration split from {spread['num_candidates']} random tickets: {drawn}")
+        lines.append(f"{spread['num_candidates']} random tickets of this size: {drawn}; chosen on the calibration split: {cut['chosen']}")
     return [*lines, *cut["notes"], f"ticket: {cut['folder']}"]
