@@ -28,7 +28,7 @@ def test_one_part_is_ordinary_training_to_the_bit(optimizer: OptimizerSettings):
     model = preact_resnet()
     trainer = SubnetTrainer(model, ResIST(num_parts=1, num_local_steps=2), optimizer=optimizer, probe_every=0).fit(image_loader(), num_rounds=2)
     assert same_bits(trainer.state.tensors, tensors_of(plain_training(model, trainer, num_rounds=2)))
-    assert trainer.method.scale(3) == 1
+    assert trainer.method.branch_scale(3) == 1
 
 
 @pytest.mark.parametrize("min_blocks", [0, 2])
@@ -81,7 +81,7 @@ def test_the_deployed_network_runs_all_blocks_at_the_share_that_a_part_holds(blo
 @given(num_parts=st.integers(1, 30), min_blocks=st.integers(0, 22))
 def test_the_scale_is_the_mean_share_of_the_blocks_that_a_part_holds(num_parts: int, min_blocks: int):
     method = ResIST(num_parts=num_parts, min_blocks=min_blocks)
-    assert method.scale(22) == pytest.approx(max(22 / num_parts, min_blocks) / 22)
+    assert method.branch_scale(22) == pytest.approx(max(22 / num_parts, min_blocks) / 22)
 
 
 class LinearBranch(nn.Module):

@@ -48,7 +48,7 @@ class ResIST(SubnetMethod):
 
     Examples
     --------
-    >>> ResIST(num_parts=4, min_blocks=6).scale(22)
+    >>> ResIST(num_parts=4, min_blocks=6).branch_scale(22)
     0.2727272727272727
     """
 
@@ -90,14 +90,14 @@ class ResIST(SubnetMethod):
         dealt = partition.deal(axis.size, len(generators), generators[0], minimum=self.min_blocks)
         return [Part({axis.name: tuple(blocks.tolist())}, index=index) for index, blocks in enumerate(dealt)]
 
-    def scale(self, num_blocks: int) -> float:
+    def branch_scale(self, num_blocks: int) -> float:
         """What the branches of the whole network are multiplied by: the share of ``num_blocks`` blocks that a part holds on average."""
         return max(1 / self.num_parts, self.min_blocks / num_blocks)
 
     def deployed(self, model: nn.Module, axes: Sequence[Axis]) -> nn.Module:
-        """A copy whose split branches are multiplied by ``scale``, folded into their last layers."""
+        """A copy whose split branches are multiplied by ``branch_scale``, folded into their last layers."""
         [axis] = axes
-        return _scale_branches(model, axis, self.scale(axis.size)) if isinstance(axis, BlockAxis) else model
+        return _scale_branches(model, axis, self.branch_scale(axis.size)) if isinstance(axis, BlockAxis) else model
 
     def _choose(self, model: nn.Module, sections: Sequence[BlockAxis]) -> BlockAxis:
         if not sections:
