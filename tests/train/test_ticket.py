@@ -18,9 +18,10 @@ from torch import nn
 from model_families import IDS, images, outputs
 from partwise.checks import InputError, RunError
 from partwise.models import mask, scale_readers, tensors_of
-from partwise.train import TwIST
+from partwise.train import IST, LoFT, ResIST, TwIST
+from partwise.train._networks import build
 from partwise.train.ticket import Ticket, cut, load_ticket, save_ticket, search
-from tiny import WORDS, tiny_decoder, tiny_gpt2, tiny_llama, tiny_llama_tokenizer, tiny_vit
+from tiny import WORDS, tiny_decoder, tiny_gpt2, tiny_llama, tiny_llama_tokenizer, tiny_mlp, tiny_vit
 from tolerances import assert_close
 
 BUILDERS: dict[str, Any] = {
@@ -222,3 +223,39 @@ def test_folders_without_a_ticket_are_refused(tmp_path: Path):
     (tmp_path / "model.bin").write_bytes(b"")
     with pytest.raises(InputError, match=r"holds model\.bin: these can be pickles"):
         load_ticket(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mlp", "resnet", "blocks"])
+def test_a_ticket_of_a_network_of_this_package_is_built_again_from_its_folder(name: str, tmp_path: Path):
+    rows = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    pictures = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    method: Any
+    if name == "mlp":
+        model, method, inputs = build({"network": "mlp", "num_inputs": 6, "hidden": [12, 8], "num_classes": 3, "norm": True}), IST(), rows
+    else:
+        stages = [{"width": 4, "stride": 1, "inner": [4, 4, 4]}, {"width": 8, "stride": 2, "inner": [8] * 4}]
+        model = build({"network": "resnet", "channels": 1, "num_classes": 3, "stem": 4, "stages": stages})
+        method, inputs = (LoFT(num_parts=2) if name == "resnet" else ResIST(num_parts=2)), pictures
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+    ticket = cut(method, model, method.find_axes(model), 0.5)
+    save_ticket(ticket, tmp_path / "ticket")
+    assert {path.name for path in (tmp_path / "ticket").iterdir()} == {"config.json", "model.safetensors", "ticket.json"}
+    loaded = load_ticket(tmp_path / "ticket")
+    assert torch.equal(loaded(inputs), ticket.model(inputs))
+    assert ticket.num_parameters < sum(parameter.numel() for parameter in model.parameters())
+    axes = method.find_axes(model)
+    if name == "mlp":
+        parent = mask(scale_readers(model.eval(), method.ticket_factors(axes, ticket.part), axes=axes), ticket.part, axes=axes)
+        assert_close(loaded(inputs), parent(inputs), claim="cut is mask", rtol=0, atol=1e-5)
+
+
+def test_a_network_that_nobody_could_build_again_is_refused(tmp_path: Path):
+    model = tiny_mlp(6, 8, 4)
+    method = IST()
+    ticket = cut(method, model, method.find_axes(model), 0.5)
+    with pytest.raises(InputError, match="got a Sequential, expected one of the networks"):
+        save_ticket(ticket, tmp_path / "ticket")
+    assert not (tmp_path / "ticket").exists()
