@@ -166,7 +166,7 @@ class SubnetRounds:
         """The state before the first round."""
         trained = {name: tensors[name] for name, parameter in self.template.named_parameters() if parameter.requires_grad}
         carries = self.settings.state_rule(self.method.optimizer_state) == "carry"
-        return SubnetState(
+        state = SubnetState(
             tensors=tensors,
             optimizer=fresh_moments(self.settings, trained, self.axes) if carries else {},
             outer={},
@@ -174,11 +174,12 @@ class SubnetRounds:
             round_number=0,
             holders={axis.name: torch.zeros(axis.size, dtype=torch.int64) for axis in self.axes},
         )
+        return self.method.between_rounds(state, self)
 
     def parts_of(self, round_number: int) -> list[Part]:
         """Which units each part holds in a round; the same wherever it is asked."""
         numbers = range(self.method.num_parts)
-        if not self.axes:
+        if not self.axes or self.method.is_whole_round(round_number, self.num_rounds):
             return [Part({}, index=k) for k in numbers]
         parts = self.method.deal(self.axes, [np.random.default_rng(part_seed(self.seed, round_number=round_number, part=k)) for k in numbers])
         for part in parts:
@@ -256,7 +257,7 @@ class SubnetRounds:
         after = replace(
             state, tensors=tensors, outer=outer, optimizer=optimizer, updates=updates, round_number=state.round_number + 1, holders=holders, report=None
         )
-        return replace(after, report=self._report(state, after, arrived, held))
+        return self.method.between_rounds(replace(after, report=self._report(state, after, arrived, held)), self)
 
     def whole_model(self, state: SubnetState) -> nn.Module:
         """The whole model as it is to be used."""

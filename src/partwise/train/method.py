@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from partwise.models.axes import Axis, Part
-    from partwise.train._rounds import SubnetState
+    from partwise.train._rounds import SubnetRounds, SubnetState
 
 __all__ = ["OptimizerState", "SubnetMethod"]
 
@@ -78,6 +78,14 @@ class SubnetMethod(abc.ABC):
     @abc.abstractmethod
     def deal(self, axes: Sequence[Axis], generators: Sequence[np.random.Generator]) -> list[Part]:
         """One part per generator."""
+
+    def is_whole_round(self, round_number: int, num_rounds: int) -> bool:
+        """Whether every part holds the whole model in this round of so many."""
+        return False
+
+    def between_rounds(self, state: SubnetState, rounds: SubnetRounds) -> SubnetState:
+        """The state that the next round starts from; called after every round, and once before the first. It may put units into another order, no more."""
+        return state
 
     def factors(self, axes: Sequence[Axis], part: Part) -> dict[str, float]:
         """Axis name -> what the input of its readers is multiplied by while the part trains. Parameters are stored without it."""
