@@ -41,7 +41,7 @@ def test_a_finished_run_shows_every_section_and_its_headline_numbers(finished: P
     cells = page.inside("td")
     for row in summary["tickets"]:
         assert f"{row['num_parameters']:,}" in cells
-        assert Path(row["folder"]).relative_to(finished).as_posix() in cells
+        assert Path(row["folder"]).relative_to(finished / "result").as_posix() in cells
     assert f"After {ROUNDS} rounds the whole model has a test accuracy of" in page.source
     assert "partwise train --data &#39;a b.npz&#39;" in page.source
     assert f"12 parts in {ROUNDS} rounds: 12 kept." in page.source
