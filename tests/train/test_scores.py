@@ -71,7 +71,7 @@ def test_units_that_nobody_listens_to_are_ranked_last(metric: Any):
 
 def test_a_search_with_calibration_data_tries_what_the_data_rank_highest():
     model = tiny_decoder("Llama", intermediate_size=32)
-    method = TwIST(num_blocks=4, correction="none")
+    method = TwIST(keep=0.5, num_blocks=4, correction="none")
     axes = method.find_axes(model)
     with torch.no_grad():
         for axis in axes:

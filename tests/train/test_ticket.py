@@ -29,7 +29,7 @@ BUILDERS: dict[str, Any] = {
     "Llama-tied-with-biases": lambda **options: tiny_decoder("Llama", tie_word_embeddings=True, attention_bias=True, mlp_bias=True, **options),
     "GPT2": tiny_gpt2,
 }
-METHOD = TwIST(num_blocks=4)
+METHOD = TwIST(keep=0.5, num_blocks=4)
 
 
 def ticket_of(model: nn.Module, keep: float = 0.5, *, method: TwIST = METHOD, seed: int = 0) -> Ticket:
@@ -69,7 +69,7 @@ def test_a_ticket_of_a_vit_opens_too(tmp_path: Path):
 @settings(max_examples=10)
 @given(keep=st.floats(0.13, 1.0), seed=st.integers(0, 99), correction=st.sampled_from(["inverse_keep", "inverse_sqrt_keep", "none"]))
 def test_any_size_and_any_draw_is_the_corrected_masked_parent(keep: float, seed: int, correction: Any):
-    method = TwIST(num_blocks=4, correction=correction)
+    method = TwIST(keep=0.5, num_blocks=4, correction=correction)
     ticket = ticket_of(WIDE, keep, method=method, seed=seed)
     assert_close(ticket.model(IDS).logits, corrected_parent(WIDE, ticket, method)(IDS).logits, claim="cut is mask", rtol=0, atol=1e-6)
     assert ticket.keep == keep
@@ -148,7 +148,7 @@ def test_a_search_finds_the_units_that_matter():
             layer.mlp.down_proj.weight[:, 8:] = 0
             layer.mlp.down_proj.weight[:, :8] *= 30
     target = model(IDS).logits
-    method = TwIST(num_blocks=4, correction="none")
+    method = TwIST(keep=0.5, num_blocks=4, correction="none")
 
     def distance(candidate: Any) -> float:
         return float((candidate(IDS).logits - target).detach().square().mean())
@@ -200,7 +200,7 @@ def test_a_folder_that_could_not_be_finished_stays_as_it_was(tmp_path: Path):
 def test_layers_of_different_size_open_with_load_ticket(family: str, tmp_path: Path):
     """Pinned layers stay whole in a ticket, and stock code reads one size for all layers only."""
     model = BUILDERS[family]()
-    method = TwIST(num_blocks=4, pinned=("first",))
+    method = TwIST(keep=0.5, num_blocks=4, pinned=("first",))
     ticket = ticket_of(model, method=method)
     save_ticket(ticket, tmp_path / "ticket")
     loaded = load_ticket(tmp_path / "ticket")

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from model_families import IDS, generators, images, outputs
 from partwise.checks import InputError, PartwiseError
-from partwise.models import Part, count_holders, coupled_axes, extract, mask, merge, scale_readers, tensors_of
+from partwise.models import CoupledAxis, Part, count_holders, coupled_axes, extract, mask, merge, scale_readers, tensors_of
 from partwise.train import OptimizerSettings, SubnetTrainer, TwIST
 from partwise.train._local import scaled_inputs, task_loss
 from partwise.train._metrics import mean_loss
@@ -121,7 +121,7 @@ def test_the_mean_of_the_corrected_branch_over_all_twenty_choices_is_the_whole_b
     name = f"model.layers.0.{kind}"
     [axis] = [axis for axis in coupled_axes(model) if axis.name == name]
     width = axis.size // 6  # six heads, or six blocks of four neurons
-    method, seen = TwIST(num_blocks=6), []
+    method, seen = TwIST(num_blocks=6, keep=0.5), []
     hidden = torch.randn(2, 5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
     def branch(whole: Any) -> Tensor:
@@ -250,7 +250,7 @@ def sizes_of(parts: list[Part], axes: Any) -> list[float]:
 
 
 def test_without_keep_one_part_is_whole_and_the_others_draw_a_size_in_every_round():
-    method = TwIST(num_parts=3, num_blocks=4)
+    method = TwIST(num_parts=3, num_whole=1, num_blocks=4)
     axes = method.find_axes(tiny_decoder("Llama"))
     rounds = [sizes_of(method.deal(axes, generators(3, round_number=number)), axes) for number in range(1, 40)]
     assert {sizes[0] for sizes in rounds} == {1.0}
@@ -259,11 +259,13 @@ def test_without_keep_one_part_is_whole_and_the_others_draw_a_size_in_every_roun
     assert rounds[5] == sizes_of(method.deal(axes, generators(3, round_number=6)), axes)
     two = TwIST(num_parts=3, num_whole=2, sizes=(0.5,), num_blocks=4)
     assert sizes_of(two.deal(axes, generators(3)), axes) == [1.0, 1.0, 0.5]
+    half = TwIST(num_parts=4, sizes=(0.25,), num_blocks=4)
+    assert sizes_of(half.deal(axes, generators(4)), axes) == [1.0, 1.0, 0.25, 0.25]
 
 
 @pytest.mark.parametrize(("num_whole", "sizes"), [(1, {1.0, 0.25, 0.5, 0.75}), (0, {0.25, 0.5, 0.75})])
 def test_a_part_that_is_alone_draws_its_own_size(num_whole: int, sizes: set[float]):
-    method = TwIST(num_parts=1, num_whole=num_whole, num_blocks=4)
+    method = TwIST(num_parts=1, num_whole=num_whole, num_blocks=4, choice="random")
     axes = method.find_axes(tiny_decoder("Llama"))
     assert {size for number in range(40) for size in sizes_of(method.deal(axes, generators(1, round_number=number)), axes)} == sizes
 
@@ -285,7 +287,18 @@ def test_nested_units_are_corrected_only_when_asked():
     part = Part({"model.layers.0.mlp": tuple(range(12))})
     axes = TwIST(num_blocks=4).find_axes(tiny_decoder("Llama"))
     assert TwIST(choice="nested").factors(axes, part) == {}
-    assert TwIST(choice="nested", correction="inverse_keep").factors(axes, part) == TwIST().factors(axes, part) == {"model.layers.0.mlp": 2.0}
+    assert TwIST(choice="nested", correction="inverse_keep").factors(axes, part) == {"model.layers.0.mlp": 2.0}
+    assert TwIST(keep=0.5).factors(axes, part) == {"model.layers.0.mlp": 2.0}
+
+
+def test_units_are_nested_unless_keep_says_what_every_part_holds():
+    assert TwIST().deal(AXES, generators(4))[3].units["0"] in {tuple(range(count)) for count in (4, 8, 12)}
+    assert TwIST(keep=0.5).deal(AXES, generators(4))[3].units["0"] != tuple(range(8))
+    assert TwIST(choice="random").ticket_part(nn.Identity(), AXES, 0.5, np.random.default_rng(0)).units["0"] != tuple(range(8))
+    assert TwIST(keep=0.5, choice="random") != TwIST(keep=0.5)
+
+
+AXES = [CoupledAxis("0", "neurons", 16, (), ())]
 
 
 def test_settings_that_come_from_json_are_the_same_settings():
@@ -353,6 +366,8 @@ def test_a_fraction_that_leaves_no_heads_is_refused_for_tickets_too():
         ({"sizes": (0.5, 2.0)}, r"got keep=2\.0, expected a fraction above 0"),
         ({"sizes": ()}, r"got sizes=\(\), expected parts that draw from at least one size"),
         ({"num_parts": 2, "num_whole": 2}, "got num_whole=2 for 2 parts, expected parts that draw from at least one size. Lower num_whole"),
+        ({"keep": 0.5, "choice": "nested"}, "choice='nested' where no part keeps more than 0.5, .* the last units would never be trained"),
+        ({"num_whole": 0, "choice": "nested"}, "choice='nested' where no part keeps more than 0.75"),
         ({"num_whole": -1}, "num_whole=-1 must be an integer of at least 0"),
         ({"choice": "first"}, "choice='first' is not known. Choose one of: random, nested"),
         ({"num_blocks": 0}, "num_blocks=0 must be an integer of at least 1"),

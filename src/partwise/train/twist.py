@@ -45,11 +45,12 @@ class TwIST(SubnetMethod):
         different size. Left out: ``num_whole`` and ``sizes`` say it.
     sizes : tuple of float, default=(0.25, 0.5, 0.75)
         Fractions of which a part draws one in each round, where ``keep`` does not say.
-    num_whole : int, default=1
-        Parts that hold everything in every round, where ``keep`` does not say. A part that is alone draws from 1 and ``sizes`` instead; 0: from ``sizes``.
-    choice : {"random", "nested"}, default="random"
-        random: units are drawn anew for every part and every ticket. nested: a part holds the first units of every axis, so that each size lies within the
-        larger ones, and a ticket is what was trained at its size. Sort the units of a model that is trained already first, see ``sort_units``.
+    num_whole : int, optional
+        Parts that hold everything in every round, where ``keep`` does not say. Left out: half of them. A part that is alone draws from 1 and ``sizes``
+        instead; with 0, from ``sizes``.
+    choice : {"random", "nested"}, optional
+        random: units are drawn anew for every part and every ticket, as in the paper. nested: a part holds the first units of every axis, so that each size
+        lies within the larger ones, and a ticket is what was trained at its size. Left out: random with ``keep``, otherwise nested. Sort the units of a model that is trained already first, see ``sort_units``.
     num_blocks : int, default=16
         Blocks into which the neurons of a feed-forward layer are cut; it has to divide their number.
     correction : {"inverse_keep", "inverse_sqrt_keep", "none"}, optional
@@ -72,8 +73,8 @@ class TwIST(SubnetMethod):
 
     keep: float | tuple[float, ...] | None = None
     sizes: tuple[float, ...] = (0.25, 0.5, 0.75)
-    num_whole: int = 1
-    choice: Literal["random", "nested"] = "random"
+    num_whole: int | None = None
+    choice: Literal["random", "nested"] | None = None
     num_blocks: int = 16
     correction: Correction | None = None
     balanced: bool = True
@@ -91,11 +92,20 @@ class TwIST(SubnetMethod):
                 "keep-per-part",
                 f"got {len(self.keep)} keep fractions for {self.num_parts} parts, expected one each. Pass {self.num_parts}, or one for all.",
             )
-        check_at_least(self.num_whole, 0, name="num_whole")
-        if self.keep is None and (self.num_whole >= self.num_parts > 1 or not self.sizes):
+        if self.num_whole is not None:
+            check_at_least(self.num_whole, 0, name="num_whole")
+        if self.keep is None and (self._num_whole >= self.num_parts > 1 or not self.sizes):
             got = f"num_whole={self.num_whole} for {self.num_parts} parts" if self.sizes else "sizes=()"
             raise InputError("no-sizes", f"got {got}, expected parts that draw from at least one size. Lower num_whole, name sizes, or pass keep.")
-        check_choice(self.choice, ("random", "nested"), name="choice")
+        if self.choice is not None:
+            check_choice(self.choice, ("random", "nested"), name="choice")
+        largest = max(self.keep) if isinstance(self.keep, tuple) else self.keep or (1.0 if self._num_whole else max(self.sizes))
+        if self._is_nested and largest < 1:
+            raise InputError(
+                "nested-without-whole",
+                f"got choice='nested' where no part keeps more than {largest}, expected one that keeps everything: the last units would never be trained. "
+                "Pass choice='random', or keep=1 for one part.",
+            )
         check_at_least(self.num_blocks, 1, name="num_blocks")
         if self.correction is not None:
             check_choice(self.correction, tuple(_EXPONENTS), name="correction")
@@ -137,7 +147,7 @@ class TwIST(SubnetMethod):
 
     def factors(self, axes: Sequence[Axis], part: Part) -> dict[str, float]:
         """One over the kept fraction, or its root, for every axis that a part does not hold whole."""
-        exponent = _EXPONENTS[self.correction or ("none" if self.choice == "nested" else "inverse_keep")]
+        exponent = _EXPONENTS[self.correction or ("none" if self._is_nested else "inverse_keep")]
         shares = {axis.name: axis.size / len(part.units[axis.name]) for axis in axes if axis.name in part.units}
         return {name: share**exponent for name, share in shares.items() if share != 1 and exponent}
 
@@ -154,13 +164,21 @@ class TwIST(SubnetMethod):
             units.update(part.units)
         return Part(units)
 
+    @property
+    def _is_nested(self) -> bool:
+        return self.choice == "nested" if self.choice is not None else self.keep is None
+
+    @property
+    def _num_whole(self) -> int:
+        return max(1, self.num_parts // 2) if self.num_whole is None else self.num_whole
+
     def _fractions(self, generators: Sequence[np.random.Generator]) -> tuple[float, ...]:
         """What each part keeps in a round."""
         if self.keep is not None:
             return self.keep if isinstance(self.keep, tuple) else (self.keep,) * len(generators)
         if len(generators) == 1:
-            return (float(generators[0].choice((*((1.0,) if self.num_whole else ()), *self.sizes))),)
-        return tuple(1.0 if part < self.num_whole else float(generator.choice(self.sizes)) for part, generator in enumerate(generators))
+            return (float(generators[0].choice((*((1.0,) if self._num_whole else ()), *self.sizes))),)
+        return tuple(1.0 if part < self._num_whole else float(generator.choice(self.sizes)) for part, generator in enumerate(generators))
 
     def _dealt(self, axes: Sequence[Axis], generators: Sequence[np.random.Generator], keep: tuple[float, ...], *, balanced: bool) -> list[Part]:
         """One part for each generator and fraction."""
@@ -170,7 +188,7 @@ class TwIST(SubnetMethod):
             parts = FixedFractionSampler(keep=keep, block_size=width, balanced=balanced)([axis], generators)
             for mine, part in zip(units, parts, strict=True):
                 held = part.units[axis.name]
-                mine[axis.name] = tuple(range(len(held))) if self.choice == "nested" else held
+                mine[axis.name] = tuple(range(len(held))) if self._is_nested else held
         return [Part(mine, index=index) for index, mine in enumerate(units)]
 
     def _check_blocks(self, axes: Sequence[Axis]) -> None:
