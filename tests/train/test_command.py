@@ -110,15 +110,16 @@ def test_a_training_goes_on_from_its_folder_alone_and_reports_as_json(tmp_path: 
     assert capsys.readouterr().out.strip() == str(out / "report.html")
 
 
-def test_without_a_method_it_is_twist(tmp_path: Path):
+def test_without_a_method_it_is_twist_and_a_config_file_may_name_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     name, flags = read_train_flags([])
     assert name == "twist"
     assert flags.training == TrainSettings()
-    (tmp_path / "settings.yaml").write_text("method: ist\nnum-parts: 8\nnum-local-steps: [1, 2, 3]\nlr: 1e-2\nbetas: [0.5, 0.6]\n")
-    with pytest.raises(ValueError, match="got 3 numbers of local steps for 8 parts"):
-        read_train_flags(["--config", str(tmp_path / "settings.yaml")])
-    name, flags = read_train_flags(["--config", str(tmp_path / "settings.yaml"), "--num-parts", "3"])
-    assert (name, flags.method.num_local_steps, flags.optimizer.lr, flags.optimizer.betas) == ("ist", (1, 2, 3), 0.01, (0.5, 0.6))
+    (tmp_path / "settings.yaml").write_text("method: ist\nnum-parts: 3\nnum-local-steps: [1, 2, 3]\nlr: 1e-2\nbetas: [0.5, 0.6]\n")
+    name, flags = read_train_flags(["--config", str(tmp_path / "settings.yaml"), "--blend", "0.25"])
+    assert (name, flags.method.num_local_steps, flags.method.blend) == ("ist", (1, 2, 3), 0.25)
+    assert (flags.optimizer.lr, flags.optimizer.betas) == (0.01, (0.5, 0.6))
+    assert main(["train", "--config", str(tmp_path / "settings.yaml"), "--num-parts", "8"]) == 2
+    assert "got 3 numbers of local steps for 8 parts" in " ".join(capsys.readouterr().err.split())
 
 
 def test_another_engine_leaves_the_cluster_of_the_stored_run_behind(tmp_path: Path):

@@ -76,12 +76,12 @@ def test_tickets_open_with_stock_transformers_and_are_worth_on_the_test_split_wh
 
 
 def test_a_ticket_is_chosen_on_the_calibration_split_and_stands_beside_those_it_was_chosen_from(twist_run: tuple[dict[str, Any], Path]):
-    summary, out = twist_run
+    summary, _ = twist_run
     assert summary["tickets"][0]["random"] is None, "there is one whole model"
     for row in summary["tickets"][1:]:
         spread = row["random"]
         facts = json.loads((Path(row["folder"]) / "ticket.json").read_text())
-        assert spread["num_candidates"] == facts["kinds"].count("drawn") == 3
+        assert spread["number"] == facts["kinds"].count("drawn") == 3
         assert {"wanda", "fluctuation"} & set(facts["kinds"])
         assert min(facts["scores"]) == row["calibration_loss"]
         assert facts["kinds"][facts["scores"].index(min(facts["scores"]))] == row["chosen"]
@@ -105,6 +105,7 @@ def test_the_ledger_lists_the_parts_of_every_round(twist_run: tuple[dict[str, An
     assert [(part.where, part.index) for part in ledger.parts] == [(f"round {number}", index) for number in range(1, ROUNDS + 1) for index in (0, 1)]
     assert summary["bytes_down"] == ledger.total.bytes
     assert summary["ledger_total"]["parts"] == 2 * ROUNDS
+    assert summary["data_parallel_bytes"] == 2 * summary["tickets"][0]["num_parameters"] * 4 * 2 * ROUNDS, "two steps a round"
 
 
 def test_every_round_leaves_a_row_and_some_are_measured_on_the_validation_split(twist_run: tuple[dict[str, Any], Path]):
@@ -139,6 +140,7 @@ def test_methods_that_split_nothing_leave_the_whole_model_and_say_why_there_are_
     assert "splits nothing" in missing["reason"]
 
 
+@pytest.mark.slow
 def test_tickets_that_are_ranked_and_not_drawn_are_measured_once(tmp_path: Path):
     images = np.random.default_rng(0).normal(size=(120, 8, 8)).astype(np.float32)
     np.savez(tmp_path / "images.npz", x=images, y=np.arange(120) % 3)
@@ -187,7 +189,7 @@ def test_another_size_is_cut_out_of_a_finished_run(tmp_path: Path, twist_run: tu
     [
         ({"keep": 0.0}, "keep-range", "got --keep 0, expected a fraction above 0"),
         ({"keep": 1.5}, "keep-range", r"got --keep 1\.5"),
-        ({"keep": 0.01}, "empty-layer", ""),
+        ({"keep": 0.01}, "empty-layer", "keep"),
         ({"num_candidates": 0}, "setting-out-of-range", "--candidates is 0"),
     ],
 )

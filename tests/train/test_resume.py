@@ -183,10 +183,10 @@ def test_two_workers_give_the_same_bits_and_count_their_bytes(tmp_path: Path, ro
 @pytest.mark.slow
 def test_kill_9_at_random_moments_leaves_the_same_bits(tmp_path: Path, rows: Path):
     generator = random.Random(0)
-    flags = ["train", "ist", "--data", rows, *flags_of_small("ist", num_rounds=120, num_local_steps=5, checkpoint_every=7)]
+    flags = ["train", "ist", "--data", rows, *flags_of_small("ist", num_rounds=60, checkpoint_every=7, num_candidates=2)]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     run_to_the_end(*flags, "--out", whole)
-    killed = sum(run_and_kill(*flags, out=cut, threshold=threshold, delay_s=generator.random() * 0.05) for threshold in (1, 40, 90))
+    killed = sum(run_and_kill(*flags, out=cut, threshold=threshold, delay_s=generator.random() * 0.05) for threshold in (1, 20, 45))
     assert killed == 3
     run_to_the_end("train", "--out", cut, "--resume")
     assert_same_run(cut, whole)

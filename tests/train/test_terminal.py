@@ -26,7 +26,7 @@ def a_ticket(keep: float = 1.0, **changes: Any) -> dict[str, Any]:
 
 
 def a_summary(**changes: Any) -> dict[str, Any]:
-    spread = {"num_candidates": 16, "mean": 21.5, "low": 20.0, "high": 23.25}
+    spread = {"number": 4, "mean": 21.5, "low": 20.0, "high": 23.25}
     return {
         "method": "twist",
         "call": "TwIST(keep=0.25)",
@@ -69,7 +69,7 @@ def test_every_size_is_a_line_with_its_quality_beside_that_of_random_tickets():
 
 def test_the_table_of_large_numbers_fits_a_terminal_of_80_columns():
     row = a_ticket(num_parameters=123_456_789_012, metric=1234.5, speed=123_456, bytes=10**12)
-    row["random"] = {"num_candidates": 16, "mean": 1234.56, "low": 1234.1, "high": 1299.25}
+    row["random"] = {"number": 4, "mean": 1234.56, "low": 1234.1, "high": 1299.25}
     lines = printed(a_summary(tickets=[row])).splitlines()
     assert any("123,456,789,012" in line and "1000.0 GB" in line for line in lines)
     assert max(len(line.rstrip()) for line in lines[:5]) <= 80
@@ -100,7 +100,7 @@ def test_a_method_without_tickets_says_why_and_offers_none():
 
 
 def test_a_cut_ticket_is_compared_with_the_whole_model():
-    spread = {"num_candidates": 3, "mean": 21.5, "low": 20.0, "high": 23.25}
+    spread = {"number": 3, "mean": 21.5, "low": 20.0, "high": 23.25}
     lines = ticket_lines(a_ticket(0.4, random=spread) | {"metric_name": "perplexity", "unit": "tokens", "whole": a_ticket()})
     assert lines[0] == "perplexity on the test split: 10 whole, 25 cut to 40 % of the units"
     assert lines[1] == "parameters: 1,000,000 -> 400,000, 1.6 MB"

@@ -47,7 +47,7 @@ def model_card(ticket: Ticket, row: Mapping[str, Any], facts: Mapping[str, Any])
     if row["random"]:
         spread = row["random"]
         text = f"{format_metric(spread['mean'])} on average, {format_metric(spread['low'])} to {format_metric(spread['high'])}"
-        lines.insert(5, (f"the same of {spread['num_candidates']} random tickets of this size", text))
+        lines.insert(5, (f"the same of {spread['number']} random tickets of this size", text))
         lines.insert(6, ("chosen on other data, the calibration split; where from", ORIGINS.get(row["chosen"], row["chosen"])))
     table = "\n".join(f"| {name} | {value} |" for name, value in lines)
     notes = "".join(f"\n{note}\n" for note in row["notes"])

@@ -28,7 +28,7 @@ from partwise.figures import (
 )
 
 MOST_POINTS = 300  # of a line
-MOST_CELLS = 1200  # of the map of units
+MOST_CELLS = 900  # of the map of units
 MOST_COLUMNS = 64
 MOVES = (("after the split", ORANGE, ":"), ("after the local steps", SKY, "--"), ("after the merge", BLUE, "-"))
 

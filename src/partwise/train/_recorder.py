@@ -65,7 +65,9 @@ class Recorder:
         messages = self.traffic.rows[self._num_messages :]
         self._num_messages += len(messages)
         counts = {name: getattr(self.traffic, name) for name in COUNTS}
-        new = {name.removeprefix("num_"): count - self._counted.get(name, 0) for name, count in counts.items()}
+        mishaps = {
+            name.removeprefix("num_"): count - self._counted.get(name, 0) for name, count in counts.items() if count != self._counted.get(name, 0)
+        }
         self._counted = counts
-        found: dict[str, Any] = {"wire": {"bytes_down": sum(row.bytes_down for row in messages), "bytes_up": sum(row.bytes_up for row in messages)}}
-        return found | {"mishaps": {name: count for name, count in new.items() if count}}
+        wire = {"bytes_down": sum(row.bytes_down for row in messages), "bytes_up": sum(row.bytes_up for row in messages)}
+        return ({"wire": wire} if messages else {}) | ({"mishaps": mishaps} if mishaps else {})

@@ -52,7 +52,8 @@ def verdict_of(summary: Mapping[str, Any], rounds: Sequence[Mapping[str, Any]]) 
     if half is not None:
         text += f"; the ticket that keeps {100 * half['keep']:g} % of its units has {format_metric(half['metric'])}"
         if half["speed"] and whole["speed"]:
-            text += f" and is {half['speed'] / whole['speed']:.2g} times as fast"
+            faster = half["speed"] / whole["speed"]
+            text += f" and is {f'{faster:.2g} times' if abs(faster - 1) > 0.05 else 'about'} as fast"
     text += "."
     never = num_untrained(summary)
     if never:
@@ -69,6 +70,11 @@ def format_speed(speed: float) -> str:
     ('99,487', '214')
     """
     return f"{speed:,.0f}" if speed >= 100 else format_metric(speed)
+
+
+def format_spread(spread: Mapping[str, float] | None) -> str:
+    """What random tickets are worth: their mean, the lowest and the highest."""
+    return "-" if spread is None else f"{format_metric(spread['mean'])} ({format_metric(spread['low'])} to {format_metric(spread['high'])})"
 
 
 def num_untrained(summary: Mapping[str, Any]) -> int:
@@ -99,30 +105,33 @@ def _ticket_section(summary: Mapping[str, Any]) -> Section | None:
         return None
     name, speed = summary["metric_name"], f"{summary['unit']} per second"
     figure = markup(figures.tickets(tickets, metric_name=name, speed_name=speed)) if len(tickets) > 1 else None
-    labels = ("units kept", "parameters", f"test {name}", "random ones: mean", "from", "to", speed, "bytes", "folder")
-    columns = [Column(label, numeric=label not in ("chosen", "folder")) for label in labels]
+    labels = ("units kept", "parameters", f"test {name}", "random ones: mean (range)", "chosen", speed, "bytes", "folder of result")
+    columns = [Column(label, numeric=label not in ("chosen", labels[-1])) for label in labels]
     cells = [
         [
             f"{100 * row['keep']:g} %",
             f"{row['num_parameters']:,}",
             format_metric(row["metric"]),
-            *(format_metric(row["random"][key]) if row["random"] else "-" for key in ("mean", "low", "high")),
+            format_spread(row["random"]),
             row["chosen"],
             format_speed(row["speed"]),
             f"{row['bytes']:,}",
-            row["folder"].removeprefix(f"{summary['run']}/"),
+            row["folder"].removeprefix(f"{summary['result']}/"),
         ]
         for row in tickets
     ]
-    drawn = next((row["random"]["num_candidates"] for row in tickets if row["random"]), 0)
-    lead = "Subnetworks of the trained model, cut out and used as they are."
+    lead = "Subnetworks of the trained model, cut out and used as they are. All numbers are from the test split, on which nothing was chosen."
+    drawn = next((row["random"]["number"] for row in tickets if row["random"]), 0)
     if drawn:
         lead += (
-            f" Each is the best of {drawn} random ones, and of two that are ranked by their units' activations, on the calibration split. All numbers are from "
-            "the test split, on which nothing was chosen."
+            " Each ticket is the best on the calibration split among random ones and two that are ranked by their units' activations; beside it stand "
+            f"{drawn} random ones that nobody chose."
         )
     notes = [*(note for row in tickets for note in row["notes"]), *(row["reason"] for row in summary.get("missing_tickets", []))]
-    return Section("tickets", "Tickets", lead, figure, " ".join(dict.fromkeys(notes)), [Grid("Every size.", columns, [Group("", cells)])])
+    said = " ".join(dict.fromkeys(notes))
+    if figure is None:
+        lead = f"{said} The number is from the test split." if said else "The whole model, on the test split."
+    return Section("tickets", "Tickets", lead, figure, said, [Grid("Every size.", columns, [Group("", cells)])])
 
 
 def _learning_section(rounds: Sequence[Mapping[str, Any]], *, unit: str) -> Section | None:
@@ -176,6 +185,8 @@ def _traffic_section(rounds: Sequence[Mapping[str, Any]], summary: Mapping[str, 
         lead += f" On the wire it was {format_bytes(wire['bytes_down'])} and {format_bytes(wire['bytes_up'])}, with names and numbers."
     else:
         lead += " All parts trained in one process, so nothing left the machine; between machines it would be this much."
+    if summary.get("data_parallel_bytes"):
+        lead += f" Data-parallel training of the same steps would have moved {format_bytes(summary['data_parallel_bytes'])} (by formula)."
     tables = [
         Grid(
             f"Bytes by {unit}, all parts together.",

@@ -21,6 +21,7 @@ from partwise.train._metrics import accuracy, decode_speeds, throughputs
 from partwise.train._report import describe
 from partwise.train.job import describe as describe_method
 from partwise.train.ticket import Ticket, save_ticket, search
+from partwise.train.traffic import data_parallel_bytes
 from partwise.train.trainer import BATCHES_FOR_STATISTICS
 
 if TYPE_CHECKING:
@@ -33,38 +34,31 @@ if TYPE_CHECKING:
 SIZES = (0.75, 0.5, 0.25)  # of the tickets that every run leaves, beside the whole model
 NO_TICKET = {"empty-layer", "config-refuses-heads", "no-tickets"}  # why there is none of some size, or none at all
 METRICS = {"causal-lm": "perplexity", "classification": "accuracy"}
+NUM_RANDOM = 4  # random tickets of each size that are measured on the test split, too, to show what a ticket is worth that nobody chose
 PROMPT_LENGTH, NUM_TOKENS = 32, 64  # of the measurement of speed
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A ticket, or the whole model, with what it and the others it was chosen from are worth on the test split."""
+    """A ticket, or the whole model, with its worth on the test split, and that of some random ones of its size."""
 
     ticket: Ticket
-    test_metrics: tuple[float, ...]
-
-    @property
-    def place(self) -> int:
-        """Of the chosen one among the candidates."""
-        return self.ticket.scores.index(min(self.ticket.scores))
-
-    @property
-    def metric(self) -> float:
-        """Of the chosen one."""
-        return self.test_metrics[self.place]
+    metric: float
+    random_metrics: tuple[float, ...] = ()
 
     @property
     def chosen(self) -> str:
-        """Where the chosen one is from: drawn at random, or ranked by some score of its units."""
-        return self.ticket.kinds[self.place] if self.ticket.kinds else "whole"
+        """Where the ticket is from: drawn at random, or ranked by some score of its units."""
+        scores = self.ticket.scores
+        return self.ticket.kinds[scores.index(min(scores))] if self.ticket.kinds else "whole"
 
     @property
     def spread(self) -> dict[str, float] | None:
         """What tickets are worth that were drawn and not chosen; None where there was no choice."""
-        metrics = [metric for metric, kind in zip(self.test_metrics, self.ticket.kinds, strict=False) if kind == "drawn"]
+        metrics = self.random_metrics
         if len(metrics) < 2:
             return None
-        return {"num_candidates": len(metrics), "mean": statistics.fmean(metrics), "low": min(metrics), "high": max(metrics)}
+        return {"number": len(metrics), "mean": statistics.fmean(metrics), "low": min(metrics), "high": max(metrics)}
 
 
 def finish_run(job: Job, run: RunFolder, trainer: SubnetTrainer) -> dict[str, Any]:
@@ -92,6 +86,8 @@ def finish_run(job: Job, run: RunFolder, trainer: SubnetTrainer) -> dict[str, An
             if error.code not in NO_TICKET:
                 raise
             missing.append({"keep": keep, "code": error.code, "reason": str(error)})
+            if error.code == "no-tickets":
+                break
     speeds = measure_speeds(job, [one.ticket.model for one in found])
     facts = training_facts(job, run, trainer)
     job.report("writing", 0, 1, "")
@@ -116,16 +112,17 @@ def measure_whole(job: Job, model: nn.Module) -> Measured:
     """The whole model as the ticket that keeps everything."""
     score = job.loss(model, job.task.calibration)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Measured(Ticket(model.eval(), Part({}), 1.0, score, (score,), num_parameters), (test_metric(job, model),))
+    return Measured(Ticket(model.eval(), Part({}), 1.0, score, (score,), num_parameters), test_metric(job, model))
 
 
 def measure_ticket(job: Job, trainer: SubnetTrainer, keep: float, *, num_candidates: int, seed: int) -> Measured:
-    """The best of some random and two ranked tickets on the calibration split, and what all of them are worth on the test split."""
+    """The best of some random and two ranked tickets on the calibration split, and what it and the first random ones are worth on the test split."""
     metrics: list[float] = []
 
     def evaluate(model: nn.Module) -> float:
         refresh_statistics(job, model)
-        metrics.append(test_metric(job, model))
+        if len(metrics) < min(NUM_RANDOM, num_candidates):  # those that are drawn come first
+            metrics.append(test_metric(job, model))
         return job.loss(model, job.task.calibration)
 
     ticket = search(
@@ -138,7 +135,8 @@ def measure_ticket(job: Job, trainer: SubnetTrainer, keep: float, *, num_candida
         calibration=job.task.calibration if is_drawn(trainer, keep) else None,
         seed=seed,
     )
-    return Measured(ticket, tuple(metrics))
+    drawn = [metric for metric, kind in zip(metrics, ticket.kinds, strict=False) if kind == "drawn"]
+    return Measured(ticket, test_metric(job, ticket.model), tuple(drawn))
 
 
 def is_drawn(trainer: SubnetTrainer, keep: float) -> bool:
@@ -196,6 +194,7 @@ def training_facts(job: Job, run: RunFolder, trainer: SubnetTrainer) -> dict[str
     rows = [row for row in run.metrics() if row["kind"] == "round"]
     state = trainer.state
     assert state is not None
+    num_steps, num_parameters = sum(report.num_steps for report in history), sum(parameter.numel() for parameter in task.model.parameters())
     return {
         "method": job.name,
         "call": describe_method(job.method),
@@ -207,11 +206,12 @@ def training_facts(job: Job, run: RunFolder, trainer: SubnetTrainer) -> dict[str
         "num_rounds": job.num_rounds,
         "num_parts": job.method.num_parts,
         "mode": job.settings.mode,
-        "num_steps": sum(report.num_steps for report in history),
+        "num_steps": num_steps,
         "num_samples": sum(report.num_samples for report in history),
         "num_lost": sum(part.was_lost for report in history for part in report.parts),
         "bytes_down": sum(report.bytes_down for report in history),
         "bytes_up": sum(report.bytes_up for report in history),
+        "data_parallel_bytes": data_parallel_bytes(num_parameters, num_workers=job.method.num_parts, num_steps=-(-num_steps // job.method.num_parts)),
         "coverage": statistics.fmean(report.coverage for report in history),
         "holders": {name: counts.tolist() for name, counts in state.holders.items()},
         "valid_loss": next((row["valid_loss"] for row in reversed(rows) if row.get("valid_loss") is not None), None),

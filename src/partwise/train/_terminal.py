@@ -45,17 +45,22 @@ def ticket_table(summary: Mapping[str, Any]) -> Table:
     from rich.table import Table
 
     from partwise.report import format_bytes, format_metric
-    from partwise.train._report import format_speed
+    from partwise.train._report import format_speed, format_spread
 
     name = summary["metric_name"]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for label in ("units", "parameters", name, "random: mean (range)", f"{summary['unit']}/s", "size"):
         table.add_column(label, justify="right", no_wrap=True)
     for row in summary["tickets"]:
-        spread = row["random"]
-        text = "-" if spread is None else f"{format_metric(spread['mean'])} ({format_metric(spread['low'])} to {format_metric(spread['high'])})"
         size = f"{row['num_parameters']:,}"
-        table.add_row(f"{100 * row['keep']:g} %", size, format_metric(row["metric"]), text, format_speed(row["speed"]), format_bytes(row["bytes"]))
+        table.add_row(
+            f"{100 * row['keep']:g} %",
+            size,
+            format_metric(row["metric"]),
+            format_spread(row["random"]),
+            format_speed(row["speed"]),
+            format_bytes(row["bytes"]),
+        )
     return table
 
 
@@ -72,5 +77,5 @@ def ticket_lines(cut: Mapping[str, Any]) -> list[str]:
     ]
     if spread:
         drawn = f"{format_metric(spread['mean'])} on average, {format_metric(spread['low'])} to {format_metric(spread['high'])}"
-        lines.append(f"{spread['num_candidates']} random tickets of this size: {drawn}; chosen on the calibration split: {cut['chosen']}")
+        lines.append(f"{spread['number']} random tickets of this size: {drawn}; chosen on the calibration split: {cut['chosen']}")
     return [*lines, *cut["notes"], f"ticket: {cut['folder']}"]

@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_METHOD = "twist"
 # Where --num-rounds is left out, by kind of task: a run with no flags takes minutes on 2 cores, measuring included.
-DEFAULT_ROUNDS = {"causal-lm": 60, "classification": 60}
-NUM_VALIDATIONS = 20  # where --valid-every is left out
+DEFAULT_ROUNDS = {"causal-lm": 16, "classification": 40}
+NUM_VALIDATIONS = 10  # where --valid-every is left out
 LARGEST_SEED = 2**63 - 1  # that torch takes
 LIBRARIES = ("torch", "numpy", "transformers", "tokenizers", "scikit-learn", "safetensors")
 SOURCES = ("model", "text", "data")  # paths among the settings of a task
@@ -78,7 +78,7 @@ class TrainSettings:
     num_threads : int or None
         Threads that train one part; another number rounds sums differently. Left out: one per core. With Ray workers on one machine, 1 is fastest.
     valid_every : int or None
-        Rounds between two measurements on the validation split. Left out: about twenty over the run.
+        Rounds between two measurements on the validation split. Left out: about ten over the run.
     num_candidates : int
         Random tickets of each size that are tried on the calibration split; the best one is kept.
     seed : int
@@ -318,7 +318,7 @@ def fit(job: Job, run: RunFolder, trainer: SubnetTrainer, recorder: Recorder, *,
         )
     except RunError as error:
         run.set_status("interrupted")
-        if error.code != "loss-not-finite" or not trainer.history:
+        if error.code not in ("loss-not-finite", "diverged") or not trainer.history:
             raise
         raise RunError(
             error.code,
