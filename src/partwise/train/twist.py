@@ -50,7 +50,8 @@ class TwIST(SubnetMethod):
         instead; with 0, from ``sizes``.
     choice : {"random", "nested"}, optional
         random: units are drawn anew for every part and every ticket, as in the paper. nested: a part holds the first units of every axis, so that each size
-        lies within the larger ones, and a ticket is what was trained at its size. Left out: random with ``keep``, otherwise nested. Sort the units of a model that is trained already first, see ``sort_units``.
+        lies within the larger ones, and a ticket is what was trained at its size. Left out: random with ``keep``,
+        otherwise nested. Sort the units of a model that is trained already first, see ``sort_units``.
     num_blocks : int, default=16
         Blocks into which the neurons of a feed-forward layer are cut; it has to divide their number.
     correction : {"inverse_keep", "inverse_sqrt_keep", "none"}, optional
