@@ -329,3 +329,11 @@ def test_axes_name_tensors_that_exist_with_as_many_entries_as_their_units_have(f
             continue
         assert set(axis.readers) <= {member.tensor for member in axis.members}
         assert all(tensors[member.tensor].shape[member.dim] == axis.size * member.width for member in axis.members)
+
+
+def test_scaling_readers_leaves_whole_numbers_whole():
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
+    axes = coupled_axes(model)
+    scaled = scale_readers(model, {axes[0].name: 2.0}, axes=axes)
+    assert scaled[1].num_batches_tracked.dtype == torch.int64
+    assert torch.equal(scaled[3].weight, 2 * model[3].weight)

@@ -74,6 +74,17 @@ def test_a_stream_is_read_in_order_and_dealt_to_the_parts():
     assert stream.of(1, round_number=3, steps=(2, 3)) == [12, 13, 14]
 
 
+def test_a_sample_takes_from_every_part_and_is_always_the_same():
+    found = shards(24, num_parts=3, batch_size=4)
+    assert found.sample(4) == found.sample(4) == [found.of(k % 3, round_number=1, steps=(2, 2, 2))[k // 3] for k in range(4)]
+    assert len(found.sample(100)) == 6, "no more than an epoch"
+    own = OwnShards((shards(8, num_parts=1, batch_size=4), shards(8, num_parts=1, batch_size=4, seed=1)))
+    assert own.sample(2) == [own.of(part, round_number=1, steps=(1, 1))[0] for part in (0, 1)]
+    stream = Stream(range(100))
+    stream.of(0, round_number=1, steps=(2, 3))
+    assert (stream.sample(3), stream.sample(100)) == ([0, 1, 2], [0, 1, 2, 3, 4])
+
+
 def test_a_list_is_read_again_and_an_iterator_that_ends_is_an_error():
     assert Stream([1, 2, 3]).of(0, round_number=2, steps=(4,)) == [2, 3, 1, 2]
     with pytest.raises(InputError, match=r"the loader ended after 3 batches, in round 2, expected 2 for every round. Pass a DataLoader or a list") as caught:

@@ -286,11 +286,24 @@ def test_carried_moments_triple_what_is_sent_but_for_the_counts():
 
 def test_statistics_of_batch_normalisation_are_those_of_the_whole_model():
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
-    trainer = SubnetTrainer(model, Halves(num_local_steps=50), optimizer=SGD).fit(loader(), num_rounds=1)
-    trained = trainer.model
-    inputs = [batch[0] for part in range(2) for batch in trainer._batches.of(part, round_number=1, steps=(50, 50))]
-    seen = torch.stack([trained[0](batch).mean(0) for batch in inputs]).mean(0)
-    assert_close(trained[1].running_mean, seen.detach(), claim="the mean over batches of what the whole model's norm reads")
+    trainer = SubnetTrainer(model, Halves(), optimizer=SGD).fit(loader(), num_rounds=3)
+    for trained in (trainer.model, trainer.ticket(0.5), trainer.search_ticket(0.5, evaluate=lambda small: 0.0).model):
+        seen = torch.stack([trained[0](batch[0]).mean(0) for batch in trainer._batches.sample(50)]).mean(0)
+        assert_close(trained[1].running_mean, seen.detach(), claim="the mean over batches of what this model's norm reads")
+
+
+def test_statistics_of_batch_normalisation_are_measured_on_streams_too():
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    batches = list(loader())
+    trainer = SubnetTrainer(model, Halves(), optimizer=SGD).fit(batches, num_rounds=1)
+    seen = torch.stack([trainer.model[0](batch[0]).mean(0) for batch in batches[:6]]).mean(0)
+    assert_close(trainer.model[1].running_mean, seen.detach(), claim="the six batches that were read")
+
+
+def test_measuring_losses_changes_nothing():
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3))
+    often, never = (SubnetTrainer(model, Halves(), optimizer=SGD, probe_every=every).fit(loader(), num_rounds=3).state for every in (1, 0))
+    assert same_bits(often.tensors, never.tensors)
 
 
 def test_the_losses_of_a_round_go_down_while_parts_train():

@@ -167,7 +167,8 @@ def scale_readers(model: Model, factors: Mapping[str, float], *, axes: Sequence[
     """
     check_part(axes, Part(dict.fromkeys(factors, (0,))))
     readers = {reader: factors[axis.name] for axis in axes if not isinstance(axis, BlockAxis) and axis.name in factors for reader in axis.readers}
-    return with_tensors(model, {name: tensor.detach() * readers.get(name, 1.0) for name, tensor in tensors_of(model).items()})
+    tensors = {name: tensor.detach() * readers[name] if name in readers else tensor.detach().clone() for name, tensor in tensors_of(model).items()}
+    return with_tensors(model, tensors)
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Batches", "OwnShards", "Shards", "Stream", "batches_of", "num_samples_in"]
 
+LARGEST_SAMPLE = 50  # batches of a stream that are kept for statistics
 ORDER_SALT = 0x5EED  # keeps the order of rows apart from what the samplers draw with the same seed
 
 
@@ -31,6 +32,10 @@ class Batches(Protocol):
 
     def of(self, part: int, *, round_number: int, steps: Sequence[int], most: int | None = None) -> list[Any]:
         """The batches of one part in one round, or the first ``most`` of them; ``steps`` are the local steps of all parts."""
+        ...
+
+    def sample(self, number: int) -> list[Any]:
+        """At most ``number`` batches of all parts, always the same ones."""
         ...
 
 
@@ -74,6 +79,11 @@ class Shards:
         """See `Batches`."""
         first = (round_number - 1) * steps[part]
         return [self._batch(part, first + step) for step in range(steps[part] if most is None else most)]
+
+    def sample(self, number: int) -> list[Any]:
+        """See `Batches`."""
+        number = min(number, -(-len(self.dataset) // self.batch_size))
+        return [self._batch(k % self.num_parts, k // self.num_parts) for k in range(number)]
 
     def _batch(self, part: int, number: int) -> Any:
         size = len(self._shard(part))
@@ -121,6 +131,11 @@ class OwnShards:
         """See `Batches`."""
         return self.shards[part].of(0, round_number=round_number, steps=(steps[part],), most=most)
 
+    def sample(self, number: int) -> list[Any]:
+        """See `Batches`."""
+        each = -(-number // len(self.shards))
+        return [batch for shard in self.shards for batch in shard.sample(each)][:number]
+
 
 @dataclass(eq=False)
 class Stream:
@@ -136,6 +151,7 @@ class Stream:
     travels: bool = field(default=True, init=False)
     _batches: Iterator[Any] = field(init=False, repr=False)
     _num_read: int = field(default=0, init=False)
+    _first: list[Any] = field(default_factory=list, init=False, repr=False)
     _round: tuple[int, list[Any]] = field(default=(0, []), init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -148,9 +164,15 @@ class Stream:
         first = sum(steps[:part])
         return self._round[1][first : first + (steps[part] if most is None else most)]
 
+    def sample(self, number: int) -> list[Any]:
+        """See `Batches`: the first that were read."""
+        return self._first[:number]
+
     def _next(self, round_number: int, wanted: int) -> Any:
         for batch in self._batches:
             self._num_read += 1
+            if len(self._first) < LARGEST_SAMPLE:
+                self._first.append(batch)
             return batch
         if self._num_read and iter(self.loader) is not self.loader:
             self._batches, self._num_read = iter(self.loader), 0

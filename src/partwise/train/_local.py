@@ -112,11 +112,18 @@ def train_alone(
         if settings.grad_clip is not None:
             torch.nn.utils.clip_grad_norm_(parameters.values(), settings.grad_clip)
         optimizer.step()
-    after = None
-    if probe:
-        with torch.no_grad():
-            after = float(loss(small, batches[0]))
+    after = _loss_again(small, batches[0], loss) if probe else None
     return LocalRun(losses[0], after, settings.moments_after(optimizer, parameters, moments, len(batches)))
+
+
+@torch.no_grad()
+def _loss_again(small: nn.Module, batch: Any, loss: Loss) -> float:
+    """The loss as in training, without a trace in the statistics of norms."""
+    buffers = [(buffer, buffer.clone()) for buffer in small.buffers()]
+    value = float(loss(small, batch))
+    for buffer, before in buffers:
+        buffer.copy_(before)
+    return value
 
 
 @contextlib.contextmanager

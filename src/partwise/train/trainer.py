@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SubnetTrainer"]
 
-BATCHES_FOR_STATISTICS = 50  # of every part, for the statistics of batch normalisation
+BATCHES_FOR_STATISTICS = 50  # of batch normalisation
 
 
 class SubnetTrainer:
@@ -219,16 +219,22 @@ class SubnetTrainer:
         return ledger_of(self.history)
 
     def ticket(self, keep: float, *, seed: int = 0) -> nn.Module:
-        """A smaller model that keeps a share of every axis; see `partwise.train.ticket.cut`."""
+        """A smaller model that keeps a share of every axis, with fresh statistics of batch normalisation; see `partwise.train.ticket.cut`."""
         from partwise.train.ticket import cut
 
-        return cut(self.method, self.model, self.axes, keep, seed=seed).model
+        small = cut(self.method, self.model, self.axes, keep, seed=seed).model
+        self.refresh_statistics(small)
+        return small
 
     def search_ticket(self, keep: float, *, evaluate: Callable[[nn.Module], float], num_candidates: int = 16, seed: int = 0) -> Ticket:
         """The best of several tickets by ``evaluate``, lowest first; see `partwise.train.ticket.search`."""
         from partwise.train.ticket import search
 
-        return search(self.method, self.model, self.axes, keep, evaluate=evaluate, num_candidates=num_candidates, seed=seed)
+        def evaluate_ready(small: nn.Module) -> float:
+            self.refresh_statistics(small)
+            return evaluate(small.eval())
+
+        return search(self.method, self.model, self.axes, keep, evaluate=evaluate_ready, num_candidates=num_candidates, seed=seed)
 
     def _rounds(self, num_rounds: int) -> SubnetRounds:
         assert self._batches is not None
@@ -274,21 +280,25 @@ class SubnetTrainer:
         model = with_tensors(self._template, {name: tensor.to(self._device, copy=True) for name, tensor in tensors.items()})
         if self.state is not None:
             model = self.method.deployed(model, self.axes)
-            self._recompute_statistics(model)
+            self.refresh_statistics(model)
         return model.train(self._was_training)
 
-    def _recompute_statistics(self, model: nn.Module) -> None:
-        """The mean of statistics that subnetworks saw is not what the whole model sees."""
+    def refresh_statistics(self, model: nn.Module) -> None:
+        """Measure the statistics of batch normalisation anew, in place, on some of the batches that parts trained on.
+
+        The mean of what subnetworks saw is not what the whole model or a ticket sees.
+
+        Parameters
+        ----------
+        model : torch.nn.Module
+            The whole model or a ticket, left in the mode it is in. One without batch normalisation stays as it is.
+        """
         norms = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.track_running_stats]
-        if not norms or self._batches is None or self._batches.travels:
+        if not norms or self._batches is None:
             return
-        steps = tuple(self.method.steps_of(part) for part in range(self.method.num_parts))
-        inputs = []
-        for part in range(self.method.num_parts):
-            for round_number in range(1, 1 + -(-BATCHES_FOR_STATISTICS // steps[part])):
-                batches = self._batches.of(part, round_number=round_number, steps=steps)
-                inputs += [batch if isinstance(batch, Mapping) else batch[0] for batch in batches][:BATCHES_FOR_STATISTICS]
-        torch.optim.swa_utils.update_bn(inputs, model, device=self._device)
+        inputs = [next(iter(batch.values())) if isinstance(batch, Mapping) else batch[0] for batch in self._batches.sample(BATCHES_FOR_STATISTICS)]
+        if inputs:
+            torch.optim.swa_utils.update_bn(inputs, model, device=self._device)
 
 
 def _check_finite_start(tensors: Mapping[str, torch.Tensor]) -> None:
