@@ -2,13 +2,14 @@
 
 Both go on from the same trained model. TwIST's rounds have two parts, one of them whole; the dense run has as many steps, each on as many tokens. ``code``: the
 source of Python's standard library, from a model that was trained on it. ``wikitext``: WikiText-2, from a model that is made here first, by training
-the same one on WikiText-2 for 1.5 million tokens (kept in runs/). ``scratch``: a small untrained model. Models and texts are in ../shared
+the same one on WikiText-2 for 0.66 million tokens (kept in runs/). ``scratch``: a small untrained model. Models and texts are in ../shared
 (``PARTWISE_MODELS``, ``PARTWISE_DATA``). Run: ``python benchmarks/train_twist_tickets.py [base] [code] [wikitext] [scratch]``, all if none is named (each takes
 a quarter of an hour on one core). A run that was interrupted goes on after the last seed that was done.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import statistics
@@ -26,6 +27,7 @@ from torch.utils.data import DataLoader
 
 from images import loaders
 from partwise.atomic_files import read_json, write_folder, write_json
+from partwise.runs import Stopped
 from partwise.train import LocalSGD, OptimizerSettings, SubnetTrainer, TwIST
 from partwise.train._local import task_loss
 from partwise.train._metrics import mean_loss
@@ -88,17 +90,22 @@ def blocks(texts: list[str]) -> TokenBlocks:
     return TokenBlocks(np.array([token for one in encoded for token in (*one, encoder.eos_token_id)], dtype=np.int32), CONTEXT)
 
 
-def code() -> Text:
+def code_files() -> dict[str, list[Path]]:
     """The standard library: trained on is what the checkpoint was trained on, the files it never saw are dealt to the three other parts."""
-    folder, unseen = Path(sysconfig.get_path("stdlib")), read_json(MODEL / "partwise_base.json")["held_out_files"]
-    paths = (path.relative_to(folder) for path in sorted(folder.rglob("*.py")))
-    seen = [path for path in paths if not NOT_CORPUS & set(path.parts) and path.as_posix() not in unseen]
-    by_part: dict[str, list[str]] = {"calibration": [], "valid": [], "test": []}
-    for name in sorted(unseen, key=lambda name: (folder / name).stat().st_size, reverse=True):  # each to the part that is furthest from its share
-        emptiest = min(by_part, key=lambda part: sum(len((folder / other).read_text()) for other in by_part[part]) / {"test": 3}.get(part, 1))
-        by_part[emptiest].append(name)
-    held_out = {part: blocks([(folder / name).read_text(errors="replace") for name in names]) for part, names in by_part.items()}
-    return Text(train=blocks([(folder / path).read_text(errors="replace") for path in seen]), **held_out)
+    folder, names = Path(sysconfig.get_path("stdlib")), read_json(MODEL / "partwise_base.json")["held_out_files"]
+    unseen = sorted((folder / name for name in names), key=lambda path: path.stat().st_size, reverse=True)
+    parts: dict[str, list[Path]] = {"calibration": [], "valid": [], "test": []}
+    shares = {"calibration": 1, "valid": 1, "test": 3}
+    for path in unseen:  # each to the part that is furthest from its share
+        emptiest = min(parts, key=lambda part: sum(other.stat().st_size for other in parts[part]) / shares[part])
+        parts[emptiest].append(path)
+    every = (path for path in sorted(folder.rglob("*.py")) if not NOT_CORPUS & set(path.relative_to(folder).parts))
+    return parts | {"train": [path for path in every if path not in unseen]}
+
+
+def code() -> Text:
+    """Source of the standard library."""
+    return Text(**{part: blocks([path.read_text(errors="replace") for path in paths]) for part, paths in code_files().items()})
 
 
 def wikitext() -> Text:
@@ -113,7 +120,7 @@ def wikitext() -> Text:
 
 
 def make_base() -> None:
-    """Train the model of the standard library on WikiText-2."""
+    """Train the model of the standard library on WikiText-2: the first rounds of a long schedule, then some that bring the learning rate down."""
     if BASE.exists():
         return
 
@@ -121,16 +128,24 @@ def make_base() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             return model(**batch).loss
 
-    settings = OptimizerSettings(lr=1.5e-3, weight_decay=0.1, betas=(0.9, 0.95))
-    trainer = SubnetTrainer(pretrained(MODEL), LocalSGD(num_parts=1, num_local_steps=20), optimizer=settings, loss=loss, num_threads=1)
-    trainer.fit(
-        wikitext().loader(8),
-        num_rounds=37,  # 740 steps on 2,048 tokens: 1.5 million
-        checkpoints=BASE.with_name("wikitext-base-checkpoints"),
-        progress=lambda report, _: print(f"round {report.round_number}: loss {report.loss_after_merge}", flush=True),
-    )
+    def leg(model: Any, *, lr: float, num_rounds: int, last: int, seed: int) -> Any:
+        settings = OptimizerSettings(lr=lr, weight_decay=0.1, betas=(0.9, 0.95))
+        trainer = SubnetTrainer(model, LocalSGD(num_parts=1, num_local_steps=20), optimizer=settings, loss=loss, seed=seed, num_threads=1)
+        with contextlib.suppress(Stopped):
+            trainer.fit(
+                loader,
+                num_rounds=num_rounds,
+                checkpoints=BASE.with_name(f"wikitext-base-{num_rounds}"),
+                progress=lambda report, _: print(f"round {report.round_number}: loss {report.loss_after_merge}", flush=True),
+                should_stop=lambda: len(trainer.history) >= last,
+            )
+        return trainer.model
+
+    loader = wikitext().loader(8)  # 20 steps of 2,048 tokens a round
+    model = leg(pretrained(MODEL), lr=1.5e-3, num_rounds=37, last=10, seed=0)
+    model = leg(model, lr=1e-3, num_rounds=6, last=6, seed=1)
     with write_folder(BASE) as folder:
-        trainer.model.save_pretrained(folder)
+        model.save_pretrained(folder)
         tokenizer().save_pretrained(folder)
 
 
