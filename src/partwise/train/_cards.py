@@ -33,7 +33,7 @@ def model_card(ticket: Ticket, row: Mapping[str, Any], facts: Mapping[str, Any])
     kept = (
         "The whole model"
         if ticket.keep == 1
-        else f"A ticket of {100 * ticket.keep:g} %: a subnetwork of the trained model, used as it is, without pruning"
+        else f"A ticket of {100 * ticket.keep:g} %: a subnetwork of the trained model, used as it is, without further training"
     )
     lines = [
         ("trained by", f"`{facts['call']}`"),

@@ -17,7 +17,7 @@ usage: partwise train [METHOD] [flags]
        partwise train ticket RUN --keep 0.4 --out DIR
 
 Cuts a network into subnetworks, trains them apart for a while, puts them back together, and cuts anew. Each worker holds and sends less
-than the whole model. At the end smaller models, tickets, are cut out of the trained one and used as they are, without pruning.
+than the whole model. At the end smaller models, tickets, are cut out of the trained one and used as they are, without more training.
 
 METHOD (left out: {default})
 {methods}

@@ -15,14 +15,12 @@ from partwise import report
 from partwise.atomic_files import write_folder
 from partwise.checks import InputError
 from partwise.models import Part
-from partwise.train._batches import batches_of
 from partwise.train._cards import model_card
 from partwise.train._metrics import accuracy, decode_speeds, throughputs
 from partwise.train._report import describe
 from partwise.train.job import describe as describe_method
 from partwise.train.ticket import Ticket, save_ticket, search
 from partwise.train.traffic import data_parallel_bytes
-from partwise.train.trainer import BATCHES_FOR_STATISTICS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,7 +33,7 @@ SIZES = (0.75, 0.5, 0.25)  # of the tickets that every run leaves, beside the wh
 NO_TICKET = {"empty-layer", "config-refuses-heads", "no-tickets"}  # why there is none of some size, or none at all
 METRICS = {"causal-lm": "perplexity", "classification": "accuracy"}
 NUM_RANDOM = 4  # random tickets of each size that are measured on the test split, too, to show what a ticket is worth that nobody chose
-PROMPT_LENGTH, NUM_TOKENS = 32, 64  # of the measurement of speed
+PROMPT_LENGTH, NUM_TOKENS, REPEATS = 32, 64, 5  # of the measurement of speed
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,7 @@ def measure_ticket(job: Job, trainer: SubnetTrainer, keep: float, *, num_candida
     metrics: list[float] = []
 
     def evaluate(model: nn.Module) -> float:
-        refresh_statistics(job, model)
+        trainer.refresh_statistics(model)
         if len(metrics) < min(NUM_RANDOM, num_candidates):  # those that are drawn come first
             metrics.append(test_metric(job, model))
         return job.loss(model, job.task.calibration)
@@ -145,15 +143,6 @@ def is_drawn(trainer: SubnetTrainer, keep: float) -> bool:
     return any(part != parts[0] for part in parts)
 
 
-def refresh_statistics(job: Job, model: nn.Module) -> None:
-    """What batch normalisation expects of its input is no longer true once filters or blocks are gone."""
-    import torch
-
-    if any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in model.modules()):
-        batches = batches_of(job.task.loader, num_parts=1, seed=job.settings.seed).of(0, round_number=1, steps=(BATCHES_FOR_STATISTICS,))
-        torch.optim.swa_utils.update_bn([batch if isinstance(batch, Mapping) else batch[0] for batch in batches], model)
-
-
 def test_metric(job: Job, model: nn.Module) -> float:
     """Perplexity or accuracy on the test split."""
     if job.task.kind == "classification":
@@ -165,10 +154,10 @@ def measure_speeds(job: Job, models: Sequence[nn.Module]) -> list[float]:
     """Tokens that each decodes in a second at batch size 1, or rows that it classifies; by turns, so that all have the same machine."""
     job.report("measuring", 0, 1, "speed")
     if job.task.kind == "classification":
-        return throughputs(models, job.task.test[0])
+        return throughputs(models, job.task.test[0], repeats=REPEATS)
     limit = min(int(getattr(model.config, "max_position_embeddings", None) or PROMPT_LENGTH + NUM_TOKENS) for model in models)
     prompt_length = min(PROMPT_LENGTH, limit // 2)
-    return decode_speeds(models, batch_size=1, prompt_length=prompt_length, num_tokens=min(NUM_TOKENS, limit - prompt_length))
+    return decode_speeds(models, batch_size=1, prompt_length=prompt_length, num_tokens=min(NUM_TOKENS, limit - prompt_length), repeats=REPEATS)
 
 
 def write_model(job: Job, measured: Measured, speed: float, folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
