@@ -82,19 +82,28 @@ def sort_units(model: nn.Module, axes: Sequence[Axis], scores: Mapping[str, Tens
     scores : mapping of str to Tensor
         Axis name -> scores (units,), as `unit_scores` gives them for one metric.
     """
-    import torch
-
     from partwise.models import tensors_of, with_tensors
 
-    tensors = {name: tensor.detach().clone() for name, tensor in tensors_of(model).items()}
+    return with_tensors(model, sorted_tensors({name: tensor.detach() for name, tensor in tensors_of(model).items()}, axes, order_of(scores)))
+
+
+def order_of(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Axis name -> its units, the highest score first, ties as they were."""
+    return {name: of_axis.sort(descending=True, stable=True).indices for name, of_axis in scores.items()}
+
+
+def sorted_tensors(tensors: Mapping[str, Tensor], axes: Sequence[Axis], orders: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of tensors that lie like the parameters, with the units of every axis that has an order in that order."""
+    import torch
+
+    found = {name: tensor.clone() for name, tensor in tensors.items()}
     for axis in axes:
-        if not isinstance(axis, CoupledAxis) or axis.name not in scores:
+        if not isinstance(axis, CoupledAxis) or axis.name not in orders:
             continue
-        order = scores[axis.name].sort(descending=True, stable=True).indices  # (units,)
-        for member in axis.members:
-            wide = (order[:, None] * member.width + torch.arange(member.width)).flatten()  # (units * width,)
-            tensors[member.tensor] = tensors[member.tensor].index_select(member.dim, wide.to(tensors[member.tensor].device))
-    return with_tensors(model, tensors)
+        for member in (member for member in axis.members if member.tensor in found):
+            wide = (orders[axis.name][:, None] * member.width + torch.arange(member.width)).flatten()  # (units * width,)
+            found[member.tensor] = found[member.tensor].index_select(member.dim, wide.to(found[member.tensor].device))
+    return found
 
 
 def _input_moments(model: nn.Module, axes: Sequence[CoupledAxis], batches: Iterable[Any]) -> dict[str, tuple[Tensor, Tensor]]:

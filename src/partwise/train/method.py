@@ -49,6 +49,8 @@ class SubnetMethod(abc.ABC):
     supports_async: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        if isinstance(self.num_local_steps, list):  # JSON has lists only
+            object.__setattr__(self, "num_local_steps", tuple(self.num_local_steps))
         check_at_least(self.num_parts, 1, name="num_parts")
         steps = self.num_local_steps if isinstance(self.num_local_steps, tuple) else (self.num_local_steps,) * self.num_parts
         if len(steps) != self.num_parts:

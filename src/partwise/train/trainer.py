@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -226,7 +226,9 @@ class SubnetTrainer:
         self.refresh_statistics(small)
         return small
 
-    def search_ticket(self, keep: float, *, evaluate: Callable[[nn.Module], float], num_candidates: int = 16, seed: int = 0) -> Ticket:
+    def search_ticket(
+        self, keep: float, *, evaluate: Callable[[nn.Module], float], num_candidates: int = 16, calibration: Iterable[Any] | None = None, seed: int = 0
+    ) -> Ticket:
         """The best of several tickets by ``evaluate``, lowest first; see `partwise.train.ticket.search`."""
         from partwise.train.ticket import search
 
@@ -234,7 +236,9 @@ class SubnetTrainer:
             self.refresh_statistics(small)
             return evaluate(small.eval())
 
-        return search(self.method, self.model, self.axes, keep, evaluate=evaluate_ready, num_candidates=num_candidates, seed=seed)
+        return search(
+            self.method, self.model, self.axes, keep, evaluate=evaluate_ready, num_candidates=num_candidates, calibration=calibration, seed=seed
+        )
 
     def _rounds(self, num_rounds: int) -> SubnetRounds:
         assert self._batches is not None

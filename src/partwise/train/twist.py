@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from partwise.checks import InputError, check_at_least, check_choice
@@ -22,12 +22,15 @@ if TYPE_CHECKING:
     from torch import nn
 
     from partwise.models.axes import Axis
+    from partwise.train._rounds import SubnetRounds, SubnetState
 
 __all__ = ["TwIST"]
 
 logger = logging.getLogger(__name__)
 
 Correction = Literal["inverse_keep", "inverse_sqrt_keep", "none"]
+METRIC: Literal["fluctuation"] = "fluctuation"  # what sorted units are worth
+NUM_BATCHES = 16  # that it is measured on
 _EXPONENTS = {"inverse_keep": 1.0, "inverse_sqrt_keep": 0.5, "none": 0.0}
 
 
@@ -40,6 +43,10 @@ class TwIST(SubnetMethod):
 
     Parameters
     ----------
+    num_parts : int, default=2
+        Subnetworks of a round. On one machine two are better than four: for the same number of tokens, each then makes twice as many steps.
+    num_local_steps : int or tuple of int, default=10
+        As few as the link allows; we measured 5 and 10.
     keep : float or tuple of float, optional
         Fraction of the head groups and of the blocks of every layer that a part holds, rounded to whole ones. A tuple has one for each part: workers of
         different size. Left out: ``num_whole`` and ``sizes`` say it.
@@ -51,7 +58,13 @@ class TwIST(SubnetMethod):
     choice : {"random", "nested"}, optional
         random: units are drawn anew for every part and every ticket, as in the paper. nested: a part holds the first units of every axis, so that each size
         lies within the larger ones, and a ticket is what was trained at its size. Left out: random with ``keep``,
-        otherwise nested. Sort the units of a model that is trained already first, see ``sort_units``.
+        otherwise nested.
+    whole_share : float, optional
+        Share of the rounds, from the first, in which every part holds the whole model: one that starts from random weights wants most of them. Left out: 0,
+        for a model that is trained already; the command line takes 0.7 where it starts from random weights.
+    sort_units : bool, default=True
+        When the rounds of whole models are over, put nested units into the order of what they are worth, measured on some batches of the training data. The
+        model computes the same before and after. Asynchronous runs do it before their first round or not at all.
     num_blocks : int, default=16
         Blocks into which the neurons of a feed-forward layer are cut; it has to divide their number.
     correction : {"inverse_keep", "inverse_sqrt_keep", "none"}, optional
@@ -72,10 +85,14 @@ class TwIST(SubnetMethod):
     everything among smaller ones: Universally Slimmable Networks, arXiv:1903.05134. Nested units: MatFormer, arXiv:2310.07707.
     """
 
+    num_parts: int = 2
+    num_local_steps: int | tuple[int, ...] = 10
     keep: float | tuple[float, ...] | None = None
     sizes: tuple[float, ...] = (0.25, 0.5, 0.75)
     num_whole: int | None = None
     choice: Literal["random", "nested"] | None = None
+    whole_share: float | None = None
+    sort_units: bool = True
     num_blocks: int = 16
     correction: Correction | None = None
     balanced: bool = True
@@ -106,6 +123,10 @@ class TwIST(SubnetMethod):
                 "nested-without-whole",
                 f"got choice='nested' where no part keeps more than {largest}, expected one that keeps everything: the last units would never be trained. "
                 "Pass choice='random', or keep=1 for one part.",
+            )
+        if self.whole_share is not None and not 0 <= self.whole_share < 1:
+            raise InputError(
+                "whole-share", f"got whole_share={self.whole_share}, expected at least 0 and below 1. Pass 0.7 for a new model, 0 for a trained one."
             )
         check_at_least(self.num_blocks, 1, name="num_blocks")
         if self.correction is not None:
@@ -141,6 +162,33 @@ class TwIST(SubnetMethod):
         fractions = self.keep if isinstance(self.keep, tuple) else self.sizes if self.keep is None else (self.keep,)
         self._dealt(split, [np.random.default_rng(0) for _ in fractions], fractions, balanced=False)
         return split
+
+    def is_whole_round(self, round_number: int, num_rounds: int) -> bool:
+        """Whether this round belongs to the first share, in which nothing is split."""
+        return round_number <= self._num_whole_rounds(num_rounds)
+
+    def between_rounds(self, state: SubnetState, rounds: SubnetRounds) -> SubnetState:
+        """Nested units in the order of their worth, once the rounds of whole models are over."""
+        due = state.round_number == self._num_whole_rounds(rounds.num_rounds) and not (rounds.is_async and state.round_number)
+        if not (due and self._is_nested and self.sort_units):
+            return state
+        from partwise.train._scores import order_of, sorted_tensors, unit_scores
+
+        batches = rounds.batches.sample(NUM_BATCHES)
+        if not batches:
+            logger.warning("nested units keep the order they are in: no batch of the stream has been read yet. Pass a DataLoader over a dataset to sort them.")
+            return state
+        from partwise.train._local import with_threads
+
+        with with_threads(rounds.num_threads):
+            scores = unit_scores(rounds.whole_model(state), rounds.axes, batches, metrics=(METRIC,))[METRIC]
+        orders = order_of(scores)
+        return replace(
+            state,
+            tensors=sorted_tensors(state.tensors, rounds.axes, orders),
+            optimizer={slot: sorted_tensors(of_slot, rounds.axes, orders) for slot, of_slot in state.optimizer.items()},
+            holders={name: held[orders[name]] if name in orders else held for name, held in state.holders.items()},
+        )
 
     def deal(self, axes: Sequence[Axis], generators: Sequence[np.random.Generator]) -> list[Part]:
         """One part per generator."""
@@ -191,6 +239,9 @@ class TwIST(SubnetMethod):
                 held = part.units[axis.name]
                 mine[axis.name] = tuple(range(len(held))) if self._is_nested else held
         return [Part(mine, index=index) for index, mine in enumerate(units)]
+
+    def _num_whole_rounds(self, num_rounds: int) -> int:
+        return round((self.whole_share or 0.0) * num_rounds)
 
     def _check_blocks(self, axes: Sequence[Axis]) -> None:
         from partwise.linalg.partition import nearest_divisors
