@@ -69,6 +69,11 @@ def test_a_subnetwork_needs_the_share_of_multiplications_that_its_weights_are() 
     assert growth == pytest.approx((16 * 8 + 8 * 8 + 8 * 10) / (16 * 2 + 2 * 2 + 2 * 10))
 
 
+def test_ist_saves_bytes_at_equal_samples_and_none_at_equal_multiplications(written: list[Any]) -> None:
+    train_ist_accuracy.report_totals(clusters())
+    assert [row.values[0] / row.baseline_values[0] for row in written] == pytest.approx([1 / 4, 1], rel=0.25)
+
+
 @pytest.mark.slow
 def test_a_worker_of_ist_needs_a_quarter_of_the_memory_of_one_of_local_sgd() -> None:
     ours, formula = train_ist_accuracy.memory_apart("ist", 2048)
