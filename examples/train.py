@@ -1,6 +1,6 @@
-"""Train a tiny language model by subnetworks, cut it to three sizes, and print what each is worth beside dense training on as many tokens.
+"""Train a tiny language model by subnetworks, cut it to three sizes, and print what each is worth beside pruning of one trained densely on as many tokens.
 
-Run: ``python examples/train.py`` (under a minute on two cores, no network). The text is the source of a few modules of Python's standard library,
+Run: ``python examples/train.py`` (under a minute on a core of its own, no network). The text is the source of a few modules of Python's standard library,
 characters are tokens. Everything that matters is in ``main``: replace model, data and sizes by your own.
 """
 
@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from partwise.train import LocalSGD, OptimizerSettings, SubnetTrainer, TwIST
-from partwise.train.ticket import Ticket, cut, save_ticket
+from partwise.train.ticket import cut, save_ticket, search
 
 CONTEXT, BATCH_SIZE, LOCAL_STEPS = 48, 16, 10
 SIZES = (0.75, 0.5, 0.25)
@@ -50,44 +50,50 @@ def loss_on(model: torch.nn.Module, blocks: torch.Tensor) -> float:
         return float(model.eval()(input_ids=blocks, labels=blocks).loss)
 
 
-def main(num_rounds: int = 20) -> None:
-    """Train twice, densely and by subnetworks, and compare tickets."""
+def main(num_rounds: int = 16) -> None:
+    """Train twice, by subnetworks and densely, and compare what is left when both are cut."""
     blocks = blocks_of_text()
     train, choose, test = blocks[:-200], blocks[-200:-100], blocks[-100:]  # tickets are not chosen on what they are tested on
     loader = DataLoader([{"input_ids": block, "labels": block} for block in train], batch_size=BATCH_SIZE, shuffle=True)
     optimizer = OptimizerSettings(lr=3e-3)
 
-    method = TwIST(num_parts=2, num_local_steps=LOCAL_STEPS)
+    method = TwIST(num_parts=2, num_local_steps=LOCAL_STEPS)  # a whole part, and one that draws its size anew in each round
     subnets = SubnetTrainer(small_llama(), method, optimizer=optimizer, probe_every=0).fit(loader, num_rounds=num_rounds)
     # As many tokens, in as many steps of one worker: dense training in the same code.
     alone = LocalSGD(num_parts=1, num_local_steps=LOCAL_STEPS * method.num_parts)
     dense = SubnetTrainer(small_llama(), alone, optimizer=optimizer, probe_every=0).fit(loader, num_rounds=num_rounds)
     assert sum(report.num_samples for report in subnets.history) == sum(report.num_samples for report in dense.history)
 
-    table = Table("units", "parameters", "TwIST, best of 8", "TwIST, random", "dense, random", title=f"loss on {len(test)} blocks of unseen source")
+    table = Table("units", "parameters", "TwIST", "dense, pruned", "dense, random units", title=f"loss on {len(test)} blocks of unseen source")
     whole = sum(parameter.numel() for parameter in dense.model.parameters())
-    table.add_row("100 %", f"{whole:,}", f"{loss_on(subnets.model, test):.3f}", "", f"{loss_on(dense.model, test):.3f}")
-    best: Ticket | None = None
+    table.add_row("100 %", f"{whole:,}", f"{loss_on(subnets.model, test):.3f}", f"{loss_on(dense.model, test):.3f}")
     for keep in SIZES:
-        best = subnets.search_ticket(keep, evaluate=lambda model: loss_on(model, choose), num_candidates=8)
-        random = [
-            statistics.mean(loss_on(cut(method, trainer.model, subnets.axes, keep, seed=seed).model, test) for seed in range(4))
-            for trainer in (subnets, dense)
-        ]
-        row = (f"{keep:.0%}".replace("%", " %"), f"{best.num_parameters:,}", f"{loss_on(best.model, test):.3f}", *(f"{loss:.3f}" for loss in random))
-        table.add_row(*row)
+        small = subnets.ticket(keep)
+        pruned, random = pruned_and_random(dense.model, keep, choose, test)
+        number = sum(parameter.numel() for parameter in small.parameters())
+        table.add_row(f"{100 * keep:g} %", f"{number:,}", f"{loss_on(small, test):.3f}", f"{pruned:.3f}", f"{random:.3f}")
     Console().print(table)
 
-    assert best is not None
+    ticket = subnets.search_ticket(SIZES[-1], evaluate=lambda model: loss_on(model, choose))
     with tempfile.TemporaryDirectory() as folder:
-        save_ticket(best, Path(folder) / "ticket")
+        save_ticket(ticket, Path(folder) / "ticket")
         opened = LlamaForCausalLM.from_pretrained(Path(folder) / "ticket")  # stock transformers
         with torch.no_grad():
-            same = torch.equal(opened(test).logits, best.model(test).logits)
+            same = torch.equal(opened(test).logits, ticket.model(test).logits)
     Console().print(f"the smallest, opened again by transformers: {'the same logits' if same else 'OTHER LOGITS'}")
 
 
+def pruned_and_random(model: torch.nn.Module, keep: float, choose: torch.Tensor, test: torch.Tensor) -> tuple[float, float]:
+    """Loss of a dense model cut to its best-ranked units, and the mean over some random cuts of the same size."""
+    units = TwIST(choice="random", correction="none")
+    axes = units.find_axes(model)
+    calibration = [{"input_ids": choose}]
+    ranked = search(units, model, axes, keep, evaluate=lambda small: loss_on(small, choose), num_candidates=1, calibration=calibration)
+    random = statistics.mean(loss_on(cut(units, model, axes, keep, seed=seed).model, test) for seed in range(4))
+    return loss_on(ranked.model, test), random
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="TwIST on a tiny model, and its tickets beside those of dense training.")
-    parser.add_argument("--num-rounds", type=int, default=20)
+    parser = argparse.ArgumentParser(description="TwIST on a tiny model, and its tickets beside pruning of a dense one.")
+    parser.add_argument("--num-rounds", type=int, default=16)
     main(parser.parse_args().num_rounds)
