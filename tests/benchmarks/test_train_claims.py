@@ -71,7 +71,9 @@ def test_a_subnetwork_needs_the_share_of_multiplications_that_its_weights_are() 
 
 def test_ist_saves_bytes_at_equal_samples_and_none_at_equal_multiplications(written: list[Any]) -> None:
     train_ist_accuracy.report_totals(clusters())
-    assert [row.values[0] / row.baseline_values[0] for row in written] == pytest.approx([1 / 4, 1], rel=0.25)
+    few, equal = (row.values[0] / row.baseline_values[0] for row in written)
+    assert few < 1 / 4
+    assert equal == pytest.approx(1, rel=0.25)
 
 
 @pytest.mark.slow
