@@ -6,6 +6,7 @@ product of both, so that what lies between two split layers costs the square. Se
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,13 +17,13 @@ from partwise.checks import check_at_least
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from partwise.models import Axis
+    from partwise.models import Axis, Part
     from partwise.train.method import SubnetMethod
     from partwise.train.optimizer import OptimizerSettings
 
 __all__ = ["RoundTraffic", "bytes_per_round", "data_parallel_bytes", "star_bytes"]
 
-NUM_DEALS = 200  # over which sizes that are drawn at random are averaged
+NUM_DRAWN = 1000  # parts over which sizes that are drawn at random are averaged
 STEP_BYTES = 4  # counts of steps are float32, whatever the parameters are
 
 
@@ -55,8 +56,9 @@ class RoundTraffic:
 def bytes_per_round(method: SubnetMethod, model: nn.Module, *, bytes_per_number: int = 4, optimizer: OptimizerSettings | None = None) -> RoundTraffic:
     """What one round of a method sends for a model: what ``RoundReport.bytes_down`` and ``bytes_up`` will count.
 
-    Where the sizes of parts are drawn at random (``IST(sampler="bernoulli")``), their mean over 200 rounds is taken. Parts that were lost send nothing
-    back; asynchronous rounds send each part by itself.
+    Where the sizes of parts are drawn anew in every round (``TwIST()``, ``IST(sampler="bernoulli")``), this is the mean over so many rounds that 1,000
+    parts are drawn, good to about one in a hundred. Rounds in which a method trains the whole model are not counted. Parts that were lost send nothing back;
+    asynchronous rounds send each part by itself.
 
     Parameters
     ----------
@@ -94,19 +96,17 @@ def bytes_per_round(method: SubnetMethod, model: nn.Module, *, bytes_per_number:
     axes = method.find_axes(model)
     layout = _Layout.of(axes, tensors_of(model))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    slots = _carried_slots(method, optimizer)
-    per_worker = []
-    for shares in _mean_shares(method, axes):
-        total = Fraction(0)
-        for name, tensor in layout.tensors.items():
-            numbers = layout.numbers(name, shares)
-            total += numbers * (bytes_per_number if tensor.is_floating_point() else tensor.element_size())
-            for slot in slots if name in trained else ():
-                total += layout.steps(name, shares) * STEP_BYTES if slot == "step" else numbers * bytes_per_number
-        per_worker.append(float(total))
+    costs: dict[tuple[str, ...], int] = {}  # axes that a tensor is split along -> bytes that such tensors have when they are whole
+    for name, tensor in layout.tensors.items():
+        width = bytes_per_number if tensor.is_floating_point() else tensor.element_size()
+        costs[layout.axes_of(name)] = costs.get(layout.axes_of(name), 0) + tensor.numel() * width
+        for slot in _carried_slots(method, optimizer) if name in trained else ():
+            extra = layout.num_steps(name) * STEP_BYTES if slot == "step" else tensor.numel() * bytes_per_number
+            costs[layout.axes_of(name)] += extra
+    per_worker = tuple(float(mean) for mean in _mean_over_rounds(method, axes, costs))
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    split = sum(size for name, size in sizes.items() if layout.is_split(name))
-    return RoundTraffic(sum(per_worker), sum(per_worker), tuple(per_worker), sum(sizes.values()) - split, split)
+    split = sum(size for name, size in sizes.items() if layout.axes_of(name))
+    return RoundTraffic(sum(per_worker), sum(per_worker), per_worker, sum(sizes.values()) - split, split)
 
 
 def data_parallel_bytes(num_parameters: int, *, num_workers: int, num_steps: int = 1, bytes_per_number: int = 4) -> int:
@@ -186,31 +186,14 @@ class _Layout:
                     sliced.setdefault(member.tensor, {})[member.dim] = axis.name
         return cls(tensors, sliced, blocks)
 
-    def is_split(self, name: str) -> bool:
-        """Whether some part may hold less than all of a tensor."""
-        return name in self.sliced or self._block(name) is not None
+    def axes_of(self, name: str) -> tuple[str, ...]:
+        """Axes that a tensor is split along, once for each dimension; nothing for one that every part holds whole."""
+        block = next((axis for block, axis in self.blocks.items() if name.startswith(block)), None)
+        return (*sorted(self.sliced.get(name, {}).values()), *(() if block is None else (block,)))
 
-    def numbers(self, name: str, shares: Mapping[str, Fraction]) -> Fraction:
-        """Entries of a tensor that a part holds, on average over rounds."""
-        return self._held(name, shares, self.tensors[name].numel(), self.sliced.get(name, {}))
-
-    def steps(self, name: str, shares: Mapping[str, Fraction]) -> Fraction:
-        """Counts of steps: one for each entry of the dimensions along an axis."""
-        dims = self.sliced.get(name, {})
-        size = 1
-        for dim in dims:
-            size *= self.tensors[name].shape[dim]
-        return self._held(name, shares, size, dims)
-
-    def _held(self, name: str, shares: Mapping[str, Fraction], size: int, dims: Mapping[int, str]) -> Fraction:
-        held = Fraction(size)
-        for axis in dims.values():
-            held *= shares[axis]
-        block = self._block(name)
-        return held * (shares[block] if block is not None else 1)
-
-    def _block(self, name: str) -> str | None:
-        return next((axis for block, axis in self.blocks.items() if name.startswith(block)), None)
+    def num_steps(self, name: str) -> int:
+        """Counts of steps of the whole tensor: one for each entry of the dimensions along an axis."""
+        return math.prod(self.tensors[name].shape[dim] for dim in self.sliced.get(name, {}))
 
 
 def _carried_slots(method: SubnetMethod, optimizer: OptimizerSettings | None) -> tuple[str, ...]:
@@ -221,28 +204,32 @@ def _carried_slots(method: SubnetMethod, optimizer: OptimizerSettings | None) ->
     return SLOTS[optimizer.optimizer]
 
 
-def _mean_shares(method: SubnetMethod, axes: Sequence[Axis]) -> list[dict[str, Fraction]]:
-    """For each part, axis -> share of its units that it holds on average.
+def _mean_over_rounds(method: SubnetMethod, axes: Sequence[Axis], costs: Mapping[tuple[str, ...], int]) -> list[Fraction]:
+    """What each part costs, on average over rounds.
 
-    Every unit of an axis is as likely to be held as any other, and axes are dealt independently, so these numbers are all that an average needs.
+    Every unit of an axis is as likely to be held as any other, so the number of units that a part holds of each axis is all that an average needs.
     """
     import numpy as np
 
     from partwise.rounds import part_seed
 
+    numbers = range(method.num_parts)
     if not axes:
-        return [{} for _ in range(method.num_parts)]
+        return [Fraction(sum(costs.values()))] * method.num_parts
+    known: dict[tuple[int, ...], Fraction] = {}
 
-    def sizes(round_number: int) -> list[dict[str, int]]:
-        generators = [np.random.default_rng(part_seed(0, round_number=round_number, part=k)) for k in range(method.num_parts)]
-        return [{axis.name: len(part.units.get(axis.name, range(axis.size))) for axis in axes} for part in method.deal(axes, generators)]
+    def cost(part: Part) -> Fraction:
+        held = tuple(len(part.units.get(axis.name, range(axis.size))) for axis in axes)
+        if held not in known:
+            shares = {axis.name: Fraction(number, axis.size) for axis, number in zip(axes, held, strict=True)}
+            known[held] = sum((size * math.prod((shares[axis] for axis in split), start=Fraction(1)) for split, size in costs.items()), Fraction(0))
+        return known[held]
 
-    rounds = [sizes(1), sizes(2)]
-    if rounds[0] == rounds[1]:
-        rounds = rounds[:1]
-    else:
-        rounds += [sizes(number) for number in range(3, NUM_DEALS + 1)]
-    return [
-        {axis.name: Fraction(sum(dealt[part][axis.name] for dealt in rounds), axis.size * len(rounds)) for axis in axes}
-        for part in range(method.num_parts)
-    ]
+    def costs_of(round_number: int) -> list[Fraction]:
+        return [cost(part) for part in method.deal(axes, [np.random.default_rng(part_seed(0, round_number=round_number, part=k)) for k in numbers])]
+
+    rounds = [costs_of(number) for number in range(1, 1 + max(2, NUM_DRAWN // 30 // method.num_parts))]
+    if all(one == rounds[0] for one in rounds):
+        return rounds[0]  # nothing is drawn but which units
+    rounds += [costs_of(number) for number in range(1 + len(rounds), 1 + NUM_DRAWN // method.num_parts)]
+    return [sum(of_part, Fraction(0)) / len(rounds) for of_part in zip(*rounds, strict=True)]
