@@ -203,8 +203,8 @@ def main() -> None:
     lossy(ist)
     lossy(twist)
     if not arguments.no_ray:
-        killed(ist, num_rounds=8, seeds=SEEDS)
-        killed(twist, num_rounds=6, seeds=SEEDS[:1])
+        killed(ist, num_rounds=4, seeds=SEEDS)
+        killed(twist, num_rounds=4, seeds=SEEDS[:1])
 
 
 if __name__ == "__main__":
