@@ -21,8 +21,8 @@ from partwise.train._cut import cut_run, load_job
 from partwise.train._flags import method_class, train_flags
 from partwise.train._local import task_loss
 from partwise.train._metrics import accuracy, mean_loss
-from partwise.train.job import DEFAULT_ROUNDS, Place
-from partwise.train.task import Kind
+from partwise.train.job import DEFAULT_STEPS, Place, default_rounds, for_new_model, starts_new
+from partwise.train.task import Kind, TaskSettings
 from partwise.train.ticket import load_ticket
 from train_runs import ROUNDS, draw_nothing, run_small, write_decoder, write_rows, write_texts
 
@@ -281,8 +281,24 @@ def test_bad_input_is_refused_and_leaves_nothing_behind(name: str, changes: dict
     assert not (tmp_path / "runs" / "bad").exists()
 
 
-def test_there_is_a_number_of_rounds_for_every_kind_of_task():
-    assert DEFAULT_ROUNDS.keys() == set(get_args(Kind))
+def test_every_method_gets_as_many_local_steps_where_no_rounds_are_given():
+    assert DEFAULT_STEPS.keys() == set(get_args(Kind))
+    for name in METHODS:
+        method = method_class(name)()
+        per_round = sum(method.steps_of(part) for part in range(method.num_parts))
+        for kind, steps in DEFAULT_STEPS.items():
+            assert abs(default_rounds(method, kind) * per_round - steps) <= per_round / 2
+    assert default_rounds(method_class("ist")(num_parts=2, num_local_steps=(1, 10_000)), "causal-lm") == 1
+
+
+def test_a_new_model_begins_with_rounds_of_the_whole_unless_it_is_said_what_parts_hold():
+    twist = method_class("twist")
+    assert for_new_model(twist()) == twist(whole_share=0.7)
+    for given in (twist(keep=0.5), twist(whole_share=0.2), method_class("ist")()):
+        assert for_new_model(given) == given
+    assert starts_new(TaskSettings())
+    assert starts_new(TaskSettings(model="llama-small"))
+    assert not starts_new(TaskSettings(model="a/folder"))
 
 
 @pytest.mark.parametrize("method", METHODS)

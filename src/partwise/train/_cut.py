@@ -11,8 +11,9 @@ from partwise.flags import from_settings
 from partwise.runs import RunFolder
 from partwise.train._batches import batches_of
 from partwise.train._flags import flags_of, method_class, stored_run
+from partwise.train._header import check_same_data, run_header
 from partwise.train._saving import load_state
-from partwise.train.job import Job, Place, Report, TrainSettings, check_same_data, check_setting, prepare, run_header
+from partwise.train.job import Job, Place, Report, TrainSettings, check_setting, prepare
 from partwise.train.optimizer import OptimizerSettings
 from partwise.train.task import TaskSettings
 

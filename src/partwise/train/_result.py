@@ -16,9 +16,9 @@ from partwise.atomic_files import write_folder
 from partwise.checks import InputError
 from partwise.models import Part
 from partwise.train._cards import model_card
+from partwise.train._header import describe as describe_method
 from partwise.train._metrics import accuracy, decode_speeds, throughputs
 from partwise.train._report import describe
-from partwise.train.job import describe as describe_method
 from partwise.train.ticket import Ticket, save_ticket, search
 from partwise.train.traffic import data_parallel_bytes
 

@@ -1,21 +1,19 @@
 """The main job of the room: one model, one data set, one method; out comes a run folder with a whole model and smaller ones, measured on unseen data.
 
-``train`` is what ``partwise train`` calls, and ``cut_ticket`` what ``partwise train ticket`` calls. Light to import: the libraries load when a job starts.
+``train`` is what ``partwise train`` calls, and ``_cut.cut_run`` what ``partwise train ticket`` calls. Light to import: the libraries load when a job starts.
 """
 
 from __future__ import annotations
 
-import logging
-import platform
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from partwise import __version__
 from partwise.checks import InputError, RunError
-from partwise.runs import RunFolder, Stopped, check_place, flat_settings, installed_version, stop_flag
+from partwise.runs import RunFolder, Stopped, check_place, stop_flag
+from partwise.train._header import check_same_data, run_header
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,15 +24,13 @@ if TYPE_CHECKING:
     from partwise.train.task import TaskSettings, TrainTask
     from partwise.train.trainer import SubnetTrainer
 
-logger = logging.getLogger(__name__)
-
 DEFAULT_METHOD = "twist"
-# Where --num-rounds is left out, by kind of task: a run with no flags takes minutes on 2 cores, measuring included.
-DEFAULT_ROUNDS = {"causal-lm": 16, "classification": 40}
+# Where --num-rounds is left out: local steps of all parts together, by kind of task. A run with no flags then takes minutes on 2 cores, measuring included.
+DEFAULT_STEPS = {"causal-lm": 1100, "classification": 4000}
+# What settings of a method that are left open become where the model starts from random weights, unless --keep bounds what a part may hold.
+FOR_NEW_MODELS = {"whole_share": 0.7}
 NUM_VALIDATIONS = 10  # where --valid-every is left out
 LARGEST_SEED = 2**63 - 1  # that torch takes
-LIBRARIES = ("torch", "numpy", "transformers", "tokenizers", "scikit-learn", "safetensors")
-SOURCES = ("model", "text", "data")  # paths among the settings of a task
 
 Report = Callable[[str, int, int, str], None]
 
@@ -69,7 +65,8 @@ class TrainSettings:
     Parameters
     ----------
     num_rounds : int or None
-        Rounds of split, local steps and merge. Left out: as many as take some minutes on two cores for the built-in data.
+        Rounds of split, local steps and merge. Left out: as many as take some minutes on two cores for the built-in data, the same number of local steps
+        whatever the method.
     mode : str
         sync: a round ends when all parts are back. async: every part is merged when it arrives and goes off again; the order of arrival decides the result,
         so such a run, once resumed, does not end with the same bits.
@@ -238,7 +235,9 @@ def prepare(
 
     report("reading data", 0, 1, "")
     task = open_task(name, sources, seed=settings.seed)
-    num_rounds = settings.num_rounds or DEFAULT_ROUNDS[task.kind]
+    if starts_new(sources):
+        method = for_new_model(method)
+    num_rounds = settings.num_rounds or default_rounds(method, task.kind)
     valid_every = settings.valid_every or max(1, num_rounds // NUM_VALIDATIONS)
     return Job(
         name=name,
@@ -251,6 +250,28 @@ def prepare(
         checkpoint_every=checkpoint_every,
         report=report,
     )
+
+
+def starts_new(sources: TaskSettings) -> bool:
+    """Whether the model starts from random weights."""
+    from partwise.train._networks import NETWORKS
+
+    return sources.model is None or sources.model in NETWORKS
+
+
+def for_new_model(method: SubnetMethod) -> SubnetMethod:
+    """The method with what a new model wants in settings that were left open."""
+    if getattr(method, "keep", None) is not None:
+        return method
+    names = {item.name for item in fields(method)}
+    chosen: dict[str, Any] = {name: value for name, value in FOR_NEW_MODELS.items() if name in names and getattr(method, name) is None}
+    return replace(method, **chosen)
+
+
+def default_rounds(method: SubnetMethod, kind: str) -> int:
+    """Rounds that make as many local steps as every method gets."""
+    per_round = sum(method.steps_of(part) for part in range(method.num_parts))
+    return max(1, round(DEFAULT_STEPS[kind] / per_round))
 
 
 def start(job: Job, out: Path, header: Mapping[str, Any]) -> dict[str, Any]:
@@ -325,55 +346,6 @@ def fit(job: Job, run: RunFolder, trainer: SubnetTrainer, recorder: Recorder, *,
             f"{error} Round {len(trainer.history)} is saved: `partwise train ticket {run.path} --keep 1 --out FOLDER` takes its model. --resume would come "
             "to the same numbers; start again with a lower --lr and another --out.",
         ) from error
-
-
-def run_header(job: Job, *, command: Sequence[str]) -> dict[str, Any]:
-    """What ``run.json`` says about a run. Its result depends on ``settings``, ``seed`` and ``data``; ``place`` says where it ran and where its files lay."""
-    sources = flat_settings(job.sources)
-    paths = {name: None if sources[name] is None else _absolute(sources[name]) for name in SOURCES}
-    sources = {name: value for name, value in sources.items() if name not in ("text", "data")}  # of these the fingerprint tells
-    sources["model"] = None if paths["model"] is None else Path(paths["model"]).name
-    settings = {"method": job.name} | flat_settings(job.method) | flat_settings(job.optimizer) | sources | flat_settings(job.settings)
-    seed = settings.pop("seed")
-    libraries = (*LIBRARIES, "ray") if job.place.engine == "ray" else LIBRARIES
-    return {
-        "partwise": __version__,
-        "room": "train",
-        "method": describe(job.method),
-        "settings": settings,
-        "seed": seed,
-        "data": {"name": job.task.name, **job.task.fingerprint},
-        "place": paths | flat_settings(job.place),
-        "versions": {"python": platform.python_version()} | {library: installed_version(library) for library in libraries},
-        "command": list(command),
-    }
-
-
-def _absolute(source: str) -> str:
-    """A path that means the same in every folder; an id of a hub stays as it is."""
-    return str(Path(source).resolve()) if Path(source).exists() else source
-
-
-def describe(method: SubnetMethod) -> str:
-    """The call that makes a method, without what is as usual."""
-    given = [f"{item.name}={getattr(method, item.name)!r}" for item in fields(method) if getattr(method, item.name) != item.default]
-    return f"{type(method).__name__}({', '.join(given)})"
-
-
-def check_same_data(run: RunFolder, header: Mapping[str, Any]) -> None:
-    """Refuse to go on with data that are not what they were, saying what about them changed."""
-    then, now = run.header.get("data", {}), header["data"]
-    changed = [name for name in sorted({*then, *now}) if name != "name" and then.get(name) != now.get(name)]
-    if changed:
-        lines = "; ".join(f"{name}: got {_brief(now.get(name))}, expected {_brief(then.get(name))}" for name in changed)
-        raise InputError(
-            "data-changed",
-            f"{now['name']} is no longer what the run in {run.path} was started with: {lines}. Restore the files, or start a new run with another --out.",
-        )
-
-
-def _brief(value: Any) -> str:
-    return value[:12] if isinstance(value, str) else str(value)
 
 
 def check_setting(value: int | None, least: int, *, name: str) -> None:
