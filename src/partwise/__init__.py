@@ -3,6 +3,7 @@
 Rooms
 -----
 tune : adapters by rank-one parts; finds the rank while training.
+train : whole models by subnetworks; tickets of any size.
 decompose : scikit-learn estimators built from rank-one parts.
 
 Importing this package loads nothing heavy; each room loads its libraries when one of its names is first used.
@@ -11,6 +12,6 @@ Importing this package loads nothing heavy; each room loads its libraries when o
 from __future__ import annotations
 
 __version__ = "0.1.0"
-ROOMS = ("tune", "decompose")
+ROOMS = ("tune", "train", "decompose")
 
 __all__ = ["ROOMS", "__version__"]

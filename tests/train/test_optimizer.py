@@ -12,7 +12,7 @@ from torch import nn
 
 from partwise.checks import InputError
 from partwise.train import OptimizerSettings, SubnetTrainer
-from partwise.train.optimizer import UnitAdamW
+from partwise.train._moments import UnitAdamW
 from subnet_runs import ADAMW, Halves, loader, perceptron
 from tolerances import assert_close
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
+from partwise.checkpoint import latest_checkpoint
 from partwise.checks import InputError, RunError
 from partwise.engine.inline import InlineWorkers, inline
 from partwise.models import tensors_of, with_tensors
@@ -186,6 +187,20 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path: Path):
     assert same_bits(resumed.state.tensors, whole.state.tensors)
     assert [report.loss_after_merge for report in resumed.history] == [report.loss_after_merge for report in whole.history]
     assert all(torch.equal(resumed.state.holders[name], whole.state.holders[name]) for name in whole.state.holders)
+
+
+def test_a_checkpoint_gives_the_model_and_the_history_of_its_run(tmp_path: Path):
+    def trainer() -> SubnetTrainer:
+        model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+        torch.manual_seed(0)
+        nn.init.normal_(model[0].weight)
+        nn.init.normal_(model[3].weight)
+        return SubnetTrainer(model, Halves(), optimizer=SGD)
+
+    done = trainer().fit(loader(), num_rounds=2, checkpoints=tmp_path)
+    again = trainer().restore(latest_checkpoint(tmp_path), loader())
+    assert same_bits(tensors_of(again.model), tensors_of(done.model))
+    assert [report.to_json() for report in again.history] == [report.to_json() for report in done.history]
 
 
 @pytest.mark.parametrize(

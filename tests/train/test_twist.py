@@ -57,55 +57,6 @@ def same_weights(model: nn.Module, expected: dict[str, Tensor], *, claim: str) -
         assert_close(tensor.detach(), expected[name].detach(), claim=f"{claim}: {name}")
 
 
-def sorting_run(*, num_rounds: int = 4, optimizer: OptimizerSettings = ADAMW, **changes: Any) -> SubnetTrainer:
-    settings: dict[str, Any] = {"num_parts": 2, "num_blocks": 4, "num_local_steps": 2, "choice": "nested", "whole_share": 0.5}
-    rows = [{name: entries[row] for name, entries in batch.items()} for batch in texts(16) for row in range(3)]
-    loader = DataLoader(rows, batch_size=3)
-    method = TwIST(**settings | changes)
-    return SubnetTrainer(tiny_decoder("Llama"), method, optimizer=optimizer, num_threads=1).fit(loader, num_rounds=num_rounds)
-
-
-def test_parts_hold_everything_in_the_first_share_of_the_rounds():
-    held = [[part.parameters for part in report.parts] for report in sorting_run(num_rounds=6).history]
-    whole = held[0][0]
-    assert [[parameters == whole for parameters in parts] for parts in held] == [[True, True]] * 3 + [[True, False]] * 3
-
-
-def test_units_are_sorted_by_what_they_are_worth_when_the_rounds_of_whole_models_are_over():
-    """The same run without sorting is, at that moment, the same function with the same moments in another order."""
-    from partwise.train._scores import order_of, sorted_tensors, unit_scores
-
-    ours, plain = (sorting_run(num_rounds=2, whole_share=0.9, sort_units=sorts) for sorts in (True, False))
-    scores = unit_scores(plain.model, plain.axes, plain._batches.sample(16), metrics=("fluctuation",))["fluctuation"]
-    orders = order_of(scores)
-    assert any(order.tolist() != sorted(order.tolist()) for order in orders.values())
-    for name, tensor in sorted_tensors(plain.state.tensors, plain.axes, orders).items():
-        assert torch.equal(ours.state.tensors[name], tensor), name
-    for slot, of_slot in plain.state.optimizer.items():
-        for name, tensor in sorted_tensors(of_slot, plain.axes, orders).items():
-            assert torch.equal(ours.state.optimizer[slot][name], tensor), (slot, name)
-    ids = texts(1, seed=5)[0]["input_ids"]
-    assert_close(ours.model(ids).logits.detach(), plain.model(ids).logits.detach(), claim="the order of units changes no output")
-
-
-def test_a_trained_model_is_sorted_before_its_first_round_and_random_units_never():
-    def moved(**changes: Any) -> bool:
-        still = OptimizerSettings(optimizer="sgd", lr=1e-30, momentum=0.0, weight_decay=0.0)
-        found = sorting_run(num_rounds=1, optimizer=still, **changes).state.tensors
-        return any(not torch.equal(found[name], tensor) for name, tensor in tensors_of(tiny_decoder("Llama")).items())
-
-    assert moved(whole_share=None)
-    assert not moved(whole_share=None, sort_units=False)
-    assert not moved(whole_share=None, choice="random", keep=0.5)
-
-
-@pytest.mark.parametrize("share", [-0.1, 1.0])
-def test_a_share_of_whole_rounds_out_of_range_is_refused(share: float):
-    with pytest.raises(InputError, match=f"got whole_share={share}, expected at least 0 and below 1") as caught:
-        TwIST(whole_share=share)
-    assert caught.value.code == "whole-share"
-
-
 def test_one_part_that_keeps_everything_is_ordinary_training():
     start, batches = tiny_decoder("Llama").double(), texts(6)
     ours = SubnetTrainer(start, TwIST(num_parts=1, keep=1.0, num_blocks=6, num_local_steps=3), optimizer=ADAMW).fit(batches, num_rounds=2)

@@ -9,10 +9,8 @@ from partwise.checkpoint import latest_checkpoint
 from partwise.checks import InputError
 from partwise.flags import from_settings
 from partwise.runs import RunFolder
-from partwise.train._batches import batches_of
 from partwise.train._flags import flags_of, method_class, stored_run
 from partwise.train._header import check_same_data, run_header
-from partwise.train._saving import load_state
 from partwise.train.job import Job, Place, Report, TrainSettings, check_setting, prepare
 from partwise.train.optimizer import OptimizerSettings
 from partwise.train.task import TaskSettings
@@ -109,7 +107,4 @@ def restored_trainer(job: Job, folder: RunFolder) -> SubnetTrainer:
             "run-without-checkpoint",
             f"{folder.path} has no checkpoint yet ({folder.status}), expected one to cut from. Let it run on: partwise train --out {folder.path} --resume",
         )
-    trainer = job.trainer()
-    trainer.state, trainer.history, _ = load_state(checkpoint)
-    trainer._batches = batches_of(job.task.loader, num_parts=job.method.num_parts, seed=job.settings.seed)
-    return trainer
+    return job.trainer().restore(checkpoint, job.task.loader)

@@ -16,7 +16,8 @@ from partwise.checks import InputError, RunError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from partwise.train.optimizer import Moments, OptimizerSettings
+    from partwise.train._moments import Moments
+    from partwise.train.optimizer import OptimizerSettings
 
 __all__ = ["LocalRun", "Loss", "scaled_inputs", "task_loss", "train_alone", "with_threads"]
 

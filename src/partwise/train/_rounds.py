@@ -21,7 +21,8 @@ from partwise.models.axes import BlockAxis, check_part, names_in_part, sliced_en
 from partwise.rounds import part_seed
 from partwise.train._batches import num_samples_in
 from partwise.train._local import scaled_inputs, train_alone, with_threads
-from partwise.train.optimizer import Moments, OptimizerSettings, fresh_moments
+from partwise.train._moments import Moments, fresh_moments
+from partwise.train.optimizer import OptimizerSettings
 from partwise.train.round_report import PartReport, RoundReport
 
 if TYPE_CHECKING:

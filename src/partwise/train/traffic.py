@@ -199,7 +199,7 @@ class _Layout:
 def _carried_slots(method: SubnetMethod, optimizer: OptimizerSettings | None) -> tuple[str, ...]:
     if optimizer is None or optimizer.state_rule(method.optimizer_state) != "carry":
         return ()
-    from partwise.train.optimizer import SLOTS
+    from partwise.train._moments import SLOTS
 
     return SLOTS[optimizer.optimizer]
 

@@ -206,6 +206,27 @@ class SubnetTrainer:
                 raise
         return self
 
+    def restore(self, checkpoint: Path, loader: Any) -> SubnetTrainer:
+        """Take over the state and the history of a checkpoint, to look at its model or to cut tickets; to train on, pass ``checkpoints`` to `fit`.
+
+        Parameters
+        ----------
+        checkpoint : Path
+            One that `fit` saved for the same model and method.
+        loader : DataLoader, sequence of DataLoader or iterable of batches
+            As for `fit`; statistics of batch normalisation are measured on it.
+
+        Raises
+        ------
+        RunError
+            ``checkpoint-damaged``.
+        """
+        from partwise.train._saving import load_state
+
+        self._batches = batches_of(loader, num_parts=self.method.num_parts, seed=self.seed)
+        self.state, self.history, _ = load_state(checkpoint)
+        return self
+
     @property
     def model(self) -> nn.Module:
         """The whole model as it is to be used: on its device, with fresh statistics of batch normalisation. Before `fit`, the model as it was passed."""
