@@ -164,6 +164,13 @@ def test_sizes_drawn_anew_in_every_round_are_counted_on_average(case: str) -> No
     assert bytes_per_round(method, build()).down == pytest.approx(np.mean(sent), abs=5 * np.std(sent) * (1 / 100 + 1 / 500) ** 0.5)
 
 
+def test_rounds_of_whole_models_are_counted_over_a_run() -> None:
+    method, build = TwIST(num_parts=2, num_local_steps=1, keep=0.5, num_blocks=4, whole_share=0.5), lambda: tiny_decoder("Llama")
+    history = SubnetTrainer(build(), method, optimizer=SGD, probe_every=0).fit(texts(), num_rounds=4).history
+    assert bytes_per_round(method, build(), num_rounds=4).down == sum(report.bytes_down for report in history) / 4
+    assert bytes_per_round(method, build()).down == history[-1].bytes_down < history[0].bytes_down
+
+
 def test_numbers_of_half_the_size_cost_half_but_counters_keep_theirs() -> None:
     method, plain = IST(num_parts=2), tiny_mlp(6, 8, 12, 4)
     assert bytes_per_round(method, plain, bytes_per_number=2).total == bytes_per_round(method, plain).total / 2

@@ -53,12 +53,13 @@ class RoundTraffic:
         return self.down + self.up
 
 
-def bytes_per_round(method: SubnetMethod, model: nn.Module, *, bytes_per_number: int = 4, optimizer: OptimizerSettings | None = None) -> RoundTraffic:
+def bytes_per_round(
+    method: SubnetMethod, model: nn.Module, *, bytes_per_number: int = 4, optimizer: OptimizerSettings | None = None, num_rounds: int | None = None
+) -> RoundTraffic:
     """What one round of a method sends for a model: what ``RoundReport.bytes_down`` and ``bytes_up`` will count.
 
     Where the sizes of parts are drawn anew in every round (``TwIST()``, ``IST(sampler="bernoulli")``), this is the mean over so many rounds that 1,000
-    parts are drawn, good to about one in a hundred. Rounds in which a method trains the whole model are not counted. Parts that were lost send nothing back;
-    asynchronous rounds send each part by itself.
+    parts are drawn, good to about one in a hundred. Parts that were lost send nothing back; asynchronous rounds send each part by itself.
 
     Parameters
     ----------
@@ -72,6 +73,9 @@ def bytes_per_round(method: SubnetMethod, model: nn.Module, *, bytes_per_number:
         When its moments are carried, they travel with the parameters. AdamW's two moments make that three times the parameters; its counts of steps, one for
         each entry along a split dimension, are little on top, except for weights between two split layers, which have one each and cost four times. SGD's
         momentum makes it twice. Left out: only the model travels.
+    num_rounds : int, optional
+        Take the mean over a run of so many rounds, those included in which the method trains the whole model, as ``TwIST(whole_share=...)`` does. Left out:
+        a round in which the model is split.
 
     Raises
     ------
@@ -103,7 +107,10 @@ def bytes_per_round(method: SubnetMethod, model: nn.Module, *, bytes_per_number:
         for slot in _carried_slots(method, optimizer) if name in trained else ():
             extra = layout.num_steps(name) * STEP_BYTES if slot == "step" else tensor.numel() * bytes_per_number
             costs[layout.axes_of(name)] += extra
-    per_worker = tuple(float(mean) for mean in _mean_over_rounds(method, axes, costs))
+    if num_rounds is not None:
+        check_at_least(num_rounds, 1, name="num_rounds")
+    whole = Fraction(sum(method.is_whole_round(number, num_rounds) for number in range(1, num_rounds + 1)), num_rounds) if num_rounds else Fraction(0)
+    per_worker = tuple(float(whole * sum(costs.values()) + (1 - whole) * mean) for mean in _mean_over_rounds(method, axes, costs))
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     split = sum(size for name, size in sizes.items() if layout.axes_of(name))
     return RoundTraffic(sum(per_worker), sum(per_worker), per_worker, sum(sizes.values()) - split, split)
