@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from partwise.train import LocalSGD, OptimizerSettings, SubnetTrainer, TwIST
-from partwise.train.ticket import cut, save_ticket, search
+from partwise.train.ticket import cut, search
 
 CONTEXT, BATCH_SIZE, LOCAL_STEPS = 48, 16, 10
 SIZES = (0.75, 0.5, 0.25)
@@ -70,7 +70,7 @@ def main(num_rounds: int = 32) -> None:
     whole = sum(parameter.numel() for parameter in dense.model.parameters())
     table.add_row("100 %", f"{whole:,}", f"{loss_on(subnets.model, test):.3f}", f"{loss_on(dense.model, test):.3f}")
     for keep in SIZES:
-        small = subnets.ticket(keep)
+        small = subnets.ticket(keep).model
         pruned, random = pruned_and_random(dense.model, keep, choose, test)
         number = sum(parameter.numel() for parameter in small.parameters())
         table.add_row(f"{100 * keep:g} %", f"{number:,}", f"{loss_on(small, test):.3f}", f"{pruned:.3f}", f"{random:.3f}")
@@ -78,7 +78,7 @@ def main(num_rounds: int = 32) -> None:
 
     ticket = subnets.search_ticket(SIZES[-1], evaluate=lambda model: loss_on(model, choose))
     with tempfile.TemporaryDirectory() as folder:
-        save_ticket(ticket, Path(folder) / "ticket")
+        ticket.save(Path(folder) / "ticket")
         opened = LlamaForCausalLM.from_pretrained(Path(folder) / "ticket")  # stock transformers
         with torch.no_grad():
             same = torch.equal(opened(test).logits, ticket.model(test).logits)

@@ -203,7 +203,7 @@ def test_it_learns_with_and_without_a_barrier(mode: Any):
     method = LoFT(num_parts=2, num_local_steps=4)
     trainer = SubnetTrainer(preact_resnet((1, 2, 2, 1)), method, optimizer=OptimizerSettings(lr=0.02), mode=mode).fit(data, num_rounds=6)
     assert trainer.history[-1].loss_after_local < 0.5 * trainer.history[0].loss_after_split
-    assert trainer.ticket(0.5)(images(8)).isfinite().all()
+    assert trainer.ticket(0.5).model(images(8)).isfinite().all()
 
 
 def test_the_monitor_tells_how_far_each_rounds_ticket_is_from_the_last():

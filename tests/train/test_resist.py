@@ -190,7 +190,7 @@ def test_it_learns_with_and_without_a_barrier(mode: Any):
 
 def test_a_ticket_is_a_shallower_network():
     trainer = SubnetTrainer(preact_resnet((1, 1, 5, 1)), ResIST(num_parts=2, num_local_steps=1), optimizer=SGD).fit(image_loader(), num_rounds=1)
-    ticket = trainer.ticket(0.5)
+    ticket = trainer.ticket(0.5).model
     assert len(ticket.layer3) == 3
     assert ticket(images(8)).shape == (3, 5)
 

@@ -302,7 +302,7 @@ def test_carried_moments_triple_what_is_sent_but_for_the_counts():
 def test_statistics_of_batch_normalisation_are_those_of_the_whole_model():
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
     trainer = SubnetTrainer(model, Halves(), optimizer=SGD).fit(loader(), num_rounds=3)
-    for trained in (trainer.model, trainer.ticket(0.5), trainer.search_ticket(0.5, evaluate=lambda small: 0.0).model):
+    for trained in (trainer.model, trainer.ticket(0.5).model, trainer.search_ticket(0.5, evaluate=lambda small: 0.0).model):
         seen = torch.stack([trained[0](batch[0]).mean(0) for batch in trainer._batches.sample(50)]).mean(0)
         assert_close(trained[1].running_mean, seen.detach(), claim="the mean over batches of what this model's norm reads")
 

@@ -7,7 +7,8 @@
 - ``local-sgd`` - the whole model on every worker, averaged now and then; a baseline - arXiv:1805.09767
 - ``diloco`` - local AdamW and an outer Nesterov step on the mean change; a baseline - arXiv:2311.08105
 
-``SubnetTrainer(model, method).fit(loader, num_rounds=...)`` trains any of them, here or on Ray workers; ``load_ticket(folder)`` opens what a run leaves.
+``SubnetTrainer(model, method).fit(loader, num_rounds=...)`` trains any of them, here or on Ray workers; ``load_ticket(folder)`` opens what a run leaves;
+``bytes_per_round(method, model)`` says beforehand what a round sends.
 """
 
 from __future__ import annotations
@@ -19,13 +20,29 @@ if TYPE_CHECKING:
     from partwise.train.diloco import DiLoCo
     from partwise.train.ist import IST
     from partwise.train.local_sgd import LocalSGD
-    from partwise.train.loft import LoFT
+    from partwise.train.loft import LoFT, TicketMonitor
     from partwise.train.optimizer import OptimizerSettings
     from partwise.train.resist import ResIST
+    from partwise.train.ticket import Ticket, load_ticket
+    from partwise.train.traffic import bytes_per_round
     from partwise.train.trainer import SubnetTrainer
     from partwise.train.twist import TwIST
 
-__all__ = ["IST", "METHODS", "DiLoCo", "LoFT", "LocalSGD", "OptimizerSettings", "ResIST", "SubnetTrainer", "TwIST"]
+__all__ = [
+    "IST",
+    "METHODS",
+    "DiLoCo",
+    "LoFT",
+    "LocalSGD",
+    "OptimizerSettings",
+    "ResIST",
+    "SubnetTrainer",
+    "Ticket",
+    "TicketMonitor",
+    "TwIST",
+    "bytes_per_round",
+    "load_ticket",
+]
 
 METHODS = {
     "twist": "partwise.train.twist:TwIST",
@@ -35,7 +52,14 @@ METHODS = {
     "local-sgd": "partwise.train.local_sgd:LocalSGD",
     "diloco": "partwise.train.diloco:DiLoCo",
 }
-_OTHERS = {"OptimizerSettings": "partwise.train.optimizer", "SubnetTrainer": "partwise.train.trainer"}
+_OTHERS = {
+    "OptimizerSettings": "partwise.train.optimizer",
+    "SubnetTrainer": "partwise.train.trainer",
+    "Ticket": "partwise.train.ticket",
+    "TicketMonitor": "partwise.train.loft",
+    "bytes_per_round": "partwise.train.traffic",
+    "load_ticket": "partwise.train.ticket",
+}
 
 
 def __getattr__(name: str) -> Any:

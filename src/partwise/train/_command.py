@@ -16,8 +16,9 @@ HELP = """\
 usage: partwise train [METHOD] [flags]
        partwise train ticket RUN --keep 0.4 --out DIR
 
-Cuts a network into subnetworks, trains them apart for a while, puts them back together, and cuts anew. Each worker holds and sends less
-than the whole model. At the end smaller models, tickets, are cut out of the trained one and used as they are, without more training.
+Cuts a network into subnetworks, trains them apart for a while, puts them back together, and cuts anew. Workers meet once a round, not
+once a step; most methods spare them a part of the model. At the end smaller models, tickets, are cut out of the trained one and used as
+they are, without more training.
 
 METHOD (left out: {default})
 {methods}

@@ -103,18 +103,24 @@ def train_alone(
         optimizer.zero_grad()
         value = loss(small, batch)
         losses.append(float(value.detach()))
-        if not math.isfinite(losses[-1]):
-            raise RunError(
-                "loss-not-finite",
-                f"the loss of {where} became {losses[-1]} at its local step {step} of {len(batches)}, expected a finite number. The state before this round "
-                f"is kept. Lower the learning rate (it was {rate:.3g}), clip gradients, or check the data.",
-            )
+        _check_finite(losses[-1], f"{where} became {losses[-1]} at its local step {step} of {len(batches)}", rate)
         value.backward()  # type: ignore[no-untyped-call]
         if settings.grad_clip is not None:
             torch.nn.utils.clip_grad_norm_(parameters.values(), settings.grad_clip)
         optimizer.step()
     after = _loss_again(small, batches[0], loss) if probe else None
+    if after is not None:
+        _check_finite(after, f"{where} became {after} after its last local step", rate)
     return LocalRun(losses[0], after, settings.moments_after(optimizer, parameters, moments, len(batches)))
+
+
+def _check_finite(loss: float, what: str, rate: float) -> None:
+    if not math.isfinite(loss):
+        raise RunError(
+            "loss-not-finite",
+            f"the loss of {what}, expected a finite number. The state before this round is kept. Lower the learning rate (it was {rate:.3g}), clip gradients, "
+            "or check the data.",
+        )
 
 
 @torch.no_grad()

@@ -175,6 +175,11 @@ def build(config: Mapping[str, Any], *, seed: int = 0) -> nn.Module:
             raise InputError("network-config", f"the configuration {dict(config)} makes no {kind}: {error}. Take one that partwise wrote.") from error
 
 
+def is_ours(model: nn.Module) -> bool:
+    """Whether `config_of` knows this network."""
+    return isinstance(model, MLP | PreResNet)
+
+
 def config_of(model: nn.Module) -> dict[str, Any]:
     """What `build` makes a network of the same shape from, read from its layers; JSON takes it.
 

@@ -341,11 +341,11 @@ def fit(job: Job, run: RunFolder, trainer: SubnetTrainer, recorder: Recorder, *,
         run.set_status("interrupted")
         if error.code not in ("loss-not-finite", "diverged") or not trainer.history:
             raise
-        raise RunError(
-            error.code,
+        error.args = (
             f"{error} Round {len(trainer.history)} is saved: `partwise train ticket {run.path} --keep 1 --out FOLDER` takes its model. --resume would come "
             "to the same numbers; start again with a lower --lr and another --out.",
-        ) from error
+        )
+        raise
 
 
 def check_setting(value: int | None, least: int, *, name: str) -> None:

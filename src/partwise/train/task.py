@@ -39,7 +39,7 @@ class TaskSettings:
         Hugging Face id. Left out: llama-small for text; for data the network of the method's paper, mlp for rows or resnet for images.
     text : str, optional
         A text file, or a folder of them: *.py, *.txt, *.md, *.rst and other UTF-8 files. train.txt, valid.txt and test.txt are used as such; else whole files
-        are held out, or the end of each where there are fewer than four. Left out, with no data either: the source of Python's standard library, or
+        are held out, or the end of each where there are fewer than ten. Left out, with no data either: the source of Python's standard library, or
         scikit-learn's digits, as the network wants it.
     data : str, optional
         Samples with classes instead of text: .npz with x_train, y_train, x_test and y_test, or x and y; or .csv with the class in its last column. x has rows

@@ -64,6 +64,10 @@ class Ticket:
     kinds: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
+    def save(self, folder: Path, *, tokenizer: Any = None) -> None:
+        """Write it so that it opens without this package; see `save_ticket`."""
+        save_ticket(self, folder, tokenizer=tokenizer)
+
 
 def cut(method: SubnetMethod, model: nn.Module, axes: Sequence[Axis], keep: float, *, seed: int = 0) -> Ticket:
     """A ticket as the method draws it, without any search.
@@ -150,8 +154,9 @@ def search(
 def save_ticket(ticket: Ticket, folder: Path, *, tokenizer: Any = None, card: str = "") -> None:
     """Write a ticket so that it opens without this package; the folder appears whole or not at all.
 
-    A model of transformers becomes a folder that stock ``from_pretrained`` reads. Any other becomes ``model.safetensors`` and a ``config.json`` from which
-    ``load_ticket`` builds it again. Beside them, ``ticket.json`` says which units it holds.
+    A model of transformers becomes a folder that stock ``from_pretrained`` reads. A network that ``partwise train`` built becomes ``model.safetensors`` and a
+    ``config.json`` from which ``load_ticket`` builds it again; of any other, ``load_ticket`` wants the whole model. Beside them, ``ticket.json`` says which
+    units it holds.
 
     Parameters
     ----------
@@ -182,8 +187,15 @@ def save_ticket(ticket: Ticket, folder: Path, *, tokenizer: Any = None, card: st
         atomic_files.write_json(temporary / "ticket.json", _facts(ticket))
 
 
-def load_ticket(folder: Path) -> nn.Module:
+def load_ticket(folder: Path, *, model: nn.Module | None = None) -> nn.Module:
     """Open what `save_ticket` wrote, in evaluation mode. For tickets of transformers with layers of one size, ``from_pretrained`` does the same.
+
+    Parameters
+    ----------
+    folder : Path
+        Where the ticket is.
+    model : torch.nn.Module, optional
+        For a network of your own: the whole model, trained or not, out of which the ticket is cut again. It is not changed.
 
     Raises
     ------
@@ -193,7 +205,7 @@ def load_ticket(folder: Path) -> nn.Module:
     folder = Path(folder)
     atomic_files.refuse_pickles(folder)
     if not (folder / "config.json").is_file():
-        raise InputError("no-ticket", f"{folder} has no config.json, expected a folder that save_ticket wrote. Check the path.")
+        return _load_own(folder, model)
     config = atomic_files.read_json(folder / "config.json")
     if "model_type" not in config:
         return _load_plain(config, folder)
@@ -201,8 +213,8 @@ def load_ticket(folder: Path) -> nn.Module:
 
     [architecture] = config["architectures"]
     with _built_layer_by_layer(config):
-        model: nn.Module = getattr(transformers, architecture).from_pretrained(folder, use_safetensors=True, local_files_only=True)
-    return model.eval()
+        small: nn.Module = getattr(transformers, architecture).from_pretrained(folder, use_safetensors=True, local_files_only=True)
+    return small.eval()
 
 
 def _candidates(
@@ -273,7 +285,8 @@ def _save_plain(model: nn.Module, folder: Path) -> None:
     from partwise.models import tensors_of
     from partwise.train import _networks
 
-    atomic_files.write_json(folder / "config.json", _networks.config_of(model))
+    if _networks.is_ours(model):
+        atomic_files.write_json(folder / "config.json", _networks.config_of(model))
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors_of(model).items()}, folder / "model.safetensors")
 
 
@@ -285,6 +298,25 @@ def _load_plain(config: Any, folder: Path) -> nn.Module:
     model: nn.Module = _networks.build(config)
     model.load_state_dict(load_file(folder / "model.safetensors"))
     return model.eval()
+
+
+def _load_own(folder: Path, model: nn.Module | None) -> nn.Module:
+    """A ticket of a network that somebody else built."""
+    from safetensors.torch import load_file
+
+    from partwise.models import coupled_axes, extract
+
+    if not (folder / "ticket.json").is_file() or not (folder / "model.safetensors").is_file():
+        raise InputError("no-ticket", f"{folder} has no config.json and no ticket.json, expected a folder that save_ticket wrote. Check the path.")
+    if model is None:
+        raise InputError(
+            "no-ticket", f"{folder} holds a ticket of a network that partwise did not build, expected the whole model too. Pass model=, trained or not."
+        )
+    units = atomic_files.read_json(folder / "ticket.json")["units"]
+    axes = [axis for axis in coupled_axes(model) if axis.name in units]
+    small = extract(model, Part({name: tuple(held) for name, held in units.items()}), axes=axes)
+    small.load_state_dict(load_file(folder / "model.safetensors"))
+    return small.eval()
 
 
 def _built_layer_by_layer(config: Any) -> contextlib.AbstractContextManager[None]:

@@ -102,6 +102,7 @@ class SubnetTrainer:
         num_threads: int | None = None,
         probe_every: int = 1,
     ) -> None:
+        _check_kinds(method, optimizer)
         check_choice(mode, ("sync", "async"), name="mode")
         check_at_least(seed, 0, name="seed")
         check_at_least(probe_every, 0, name="probe_every")
@@ -140,7 +141,7 @@ class SubnetTrainer:
         progress: Callable[[RoundReport, SubnetTrainer], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> SubnetTrainer:
-        """Train for some rounds, from the beginning or from a checkpoint.
+        """Train for some rounds, from the beginning or from a checkpoint. Called again, it starts over.
 
         Parameters
         ----------
@@ -239,13 +240,13 @@ class SubnetTrainer:
         """A row for every part of every round."""
         return ledger_of(self.history)
 
-    def ticket(self, keep: float, *, seed: int = 0) -> nn.Module:
+    def ticket(self, keep: float, *, seed: int = 0) -> Ticket:
         """A smaller model that keeps a share of every axis, with fresh statistics of batch normalisation; see `partwise.train.ticket.cut`."""
         from partwise.train.ticket import cut
 
-        small = cut(self.method, self.model, self.axes, keep, seed=seed).model
-        self.refresh_statistics(small)
-        return small
+        ticket = cut(self.method, self.model, self.axes, keep, seed=seed)
+        self.refresh_statistics(ticket.model)
+        return ticket
 
     def search_ticket(
         self, keep: float, *, evaluate: Callable[[nn.Module], float], num_candidates: int = 16, calibration: Iterable[Any] | None = None, seed: int = 0
@@ -324,6 +325,15 @@ class SubnetTrainer:
         inputs = [next(iter(batch.values())) if isinstance(batch, Mapping) else batch[0] for batch in self._batches.sample(BATCHES_FOR_STATISTICS)]
         if inputs:
             torch.optim.swa_utils.update_bn(inputs, model, device=self._device)
+
+
+def _check_kinds(method: object, optimizer: object) -> None:
+    from partwise.train.method import SubnetMethod
+
+    if not isinstance(method, SubnetMethod):
+        raise InputError("not-a-method", f"got {method!r} as method, expected a method of this room with its settings. Pass TwIST(), for example.")
+    if not isinstance(optimizer, OptimizerSettings | None):
+        raise InputError("not-a-method", f"got {optimizer!r} as optimizer, expected OptimizerSettings. Pass OptimizerSettings(optimizer='sgd', lr=0.1).")
 
 
 def _check_finite_start(tensors: Mapping[str, torch.Tensor]) -> None:
