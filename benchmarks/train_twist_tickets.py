@@ -210,7 +210,7 @@ EXPERIMENTS = (
         text=code,
         start=small_model,
         lr=4e-3,
-        num_rounds=50,
+        num_rounds=40,
         from_checkpoint=False,
     ),
 )
