@@ -168,6 +168,17 @@ def test_asynchronous_runs_repeat_with_their_seed_and_move_by_the_blend():
     assert moved[0] < moved[1]
 
 
+def test_an_asynchronous_run_replays_to_the_same_bits_from_its_schedule():
+    def trainer(seed: int) -> SubnetTrainer:
+        return SubnetTrainer(perceptron(), Halves(num_parts=3), optimizer=SGD, mode="async", engine=InlineWorkers(seed=seed))
+
+    lived, other = (trainer(seed).fit(loader(), num_rounds=4) for seed in (3, 4))
+    assert not same_bits(lived.state.tensors, other.state.tensors)
+    assert same_bits(trainer(4).fit(loader(), num_rounds=4, replay=lived.schedule).state.tensors, lived.state.tensors)
+    with pytest.raises(InputError, match="got a schedule to replay with mode='sync'"):
+        SubnetTrainer(perceptron(), Halves(num_parts=3), optimizer=SGD).fit(loader(), num_rounds=4, replay=lived.schedule)
+
+
 def test_workers_of_different_speed_make_their_own_numbers_of_steps():
     trainer = SubnetTrainer(perceptron(), Halves(num_local_steps=(1, 4)), optimizer=SGD).fit(loader(), num_rounds=2)
     assert [part.num_steps for part in trainer.history[0].parts] == [1, 4]

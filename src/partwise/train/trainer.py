@@ -12,7 +12,7 @@ import torch
 from partwise.checks import InputError, PartwiseError, check_at_least, check_choice
 from partwise.engine import Engine, open_engine
 from partwise.models import tensors_of, with_tensors
-from partwise.rounds import run_async, run_rounds
+from partwise.rounds import Schedule, run_async, run_rounds
 from partwise.runs import Stopped
 from partwise.train._batches import Batches, batches_of
 from partwise.train._local import Loss, task_loss
@@ -69,6 +69,8 @@ class SubnetTrainer:
         After the last round that was finished, even when a later one failed.
     history : list of RoundReport
         One for each round.
+    schedule : Schedule or None
+        The order in which parts arrived in the last asynchronous `fit`.
     traffic : Traffic or None
         What the engine counted, messages and faults, in the last `fit`.
 
@@ -128,6 +130,7 @@ class SubnetTrainer:
         self.state: SubnetState | None = None
         self.history: list[RoundReport] = []
         self.traffic: Traffic | None = None
+        self.schedule: Schedule | None = None
         self._batches: Batches | None = None
         self._model: tuple[SubnetState | None, nn.Module] | None = None
 
@@ -140,6 +143,7 @@ class SubnetTrainer:
         checkpoint_every: int | None = None,
         progress: Callable[[RoundReport, SubnetTrainer], None] | None = None,
         should_stop: Callable[[], bool] | None = None,
+        replay: Schedule | None = None,
     ) -> SubnetTrainer:
         """Train for some rounds, from the beginning or from a checkpoint. Called again, it starts over.
 
@@ -159,6 +163,8 @@ class SubnetTrainer:
             Called as ``progress(report, trainer)`` after each round, before it is saved.
         should_stop : callable, optional
             Asked after each round; True saves the state and raises ``Stopped``.
+        replay : Schedule, optional
+            Of an asynchronous run: the order in which parts arrived in another one, its ``schedule``. Gives the same bits, in this process.
 
         Returns
         -------
@@ -201,7 +207,7 @@ class SubnetTrainer:
 
         if self.state.round_number < total:
             try:
-                self._run(rounds, self.state, total - self.state.round_number, after_round)
+                self._run(rounds, self.state, total - self.state.round_number, after_round, replay)
             except PartwiseError:
                 keeper.save(self.state, self.history)  # what was reached before
                 raise
@@ -279,14 +285,23 @@ class SubnetTrainer:
             device=self._device,
         )
 
-    def _run(self, rounds: SubnetRounds, state: SubnetState, number: int, after_round: Callable[[int, SubnetState], None]) -> None:
+    def _run(
+        self, rounds: SubnetRounds, state: SubnetState, number: int, after_round: Callable[[int, SubnetState], None], replay: Schedule | None
+    ) -> None:
+        if replay is not None:
+            if self.mode == "sync":
+                raise InputError(
+                    "replay-without-async", "got a schedule to replay with mode='sync', where order has no influence. Leave it out, or pass mode='async'."
+                )
+            _, self.schedule = run_async(rounds, state, schedule=replay, progress=after_round)
+            return
         with open_engine(self.engine, num_workers=self.num_workers, num_parts=self.method.num_parts, seed=self.seed) as engine:
             self.traffic = getattr(engine, "traffic", None)
             rounds.clock[0] = time.perf_counter()
             if self.mode == "sync":
                 run_rounds(rounds, state, num_rounds=number, engine=engine, progress=after_round)
             else:
-                run_async(rounds, state, engine=engine, num_updates=number, max_staleness=self.max_staleness, progress=after_round)
+                _, self.schedule = run_async(rounds, state, engine=engine, num_updates=number, max_staleness=self.max_staleness, progress=after_round)
 
     def _settings(self, num_rounds: int) -> dict[str, Any]:
         """What decides the result."""
