@@ -16,9 +16,10 @@ from partwise.checkpoint import latest_checkpoint
 from partwise.checks import InputError, RunError
 from partwise.ledger import Ledger
 from partwise.runs import RunFolder
-from partwise.train import METHODS
+from partwise.train import METHODS, job
 from partwise.train._cut import cut_run, load_job
 from partwise.train._flags import method_class, train_flags
+from partwise.train._header import check_same_data
 from partwise.train._local import task_loss
 from partwise.train._metrics import accuracy, mean_loss
 from partwise.train.job import DEFAULT_STEPS, Place, default_rounds, for_new_model, starts_new
@@ -325,3 +326,24 @@ def test_an_asynchronous_run_counts_arrivals(tmp_path: Path, rows: Path):
     assert [row["step"] for row in kept if "valid_loss" in row] == [1, 4, 8, 12]
     assert summary["mode"] == "async"
     assert len(summary["ledger"]) == 2 * ROUNDS
+
+
+def test_changed_flags_are_named_before_the_data_that_follow_from_them(tmp_path: Path):
+    header = {"settings": {"split_seed": 0}, "data": {"name": "digits", "held_out": {"test": "a" * 64}, "names": ["x"] * 100}}
+    run = RunFolder.create(tmp_path / "run", header)
+    check_same_data(run, header | {"settings": {"split_seed": 1}, "data": {"name": "digits", "held_out": {"test": "b" * 64}}})
+    with pytest.raises(InputError, match=r"held_out: got test bbbbbbbbbbbb, expected test aaaaaaaaaaaa; names: got None, expected 100 entries\. Restore"):
+        check_same_data(run, header | {"data": {"name": "digits", "held_out": {"test": "b" * 64}}})
+
+
+def test_a_run_that_another_process_began_meanwhile_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out = tmp_path / "run"
+
+    def meanwhile(_: object, open_run) -> dict:  # type: ignore[no-untyped-def, type-arg]
+        RunFolder.create(out, {"settings": {}, "data": {}})
+        return open_run()  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(job, "work", meanwhile)
+    with pytest.raises(InputError):
+        job.start(object(), out, {"settings": {}, "data": {}})  # type: ignore[arg-type]
+    assert (out / "run.json").exists()

@@ -110,3 +110,10 @@ def test_throughput_counts_samples(monkeypatch: pytest.MonkeyPatch):
     assert throughput(tiny_mlp(6, 4), rows(8)) > 0
     monkeypatch.setattr(_metrics, "_forward", lambda model, batch: 2.0)
     assert throughput(tiny_mlp(6, 4), rows(8)) == 4
+
+
+def test_a_model_with_another_kind_of_cache_is_timed():
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_heads": 4, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 8}
+    assert decode_speed(Mamba2ForCausalLM(Mamba2Config(**sizes)), prompt_length=4, num_tokens=2, repeats=1) > 0

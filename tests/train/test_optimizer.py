@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from partwise.checks import InputError
-from partwise.train import OptimizerSettings, SubnetTrainer
+from partwise.train import IST, LocalSGD, OptimizerSettings, SubnetTrainer
 from partwise.train._moments import UnitAdamW
 from subnet_runs import ADAMW, Halves, loader, perceptron
 from tolerances import assert_close
@@ -104,3 +104,21 @@ def test_settings_that_cannot_train_are_refused(setting: dict[str, Any], text: s
     with pytest.raises(InputError, match=text) as caught:
         OptimizerSettings(**setting)
     assert caught.value.code == "optimizer-setting"
+
+
+@pytest.mark.parametrize("settings", [{"optimizer": "lion"}, {"schedule": "linear"}, {"betas": (0.9,)}], ids=str)
+def test_an_optimizer_that_does_not_exist_is_refused(settings: dict):
+    with pytest.raises(InputError, match=r"lion|linear|two numbers"):
+        OptimizerSettings(**settings)
+
+
+def test_an_unknown_rule_for_the_optimizer_state_is_refused():
+    with pytest.raises(InputError, match="optimizer_state='keep' is not known"):
+        IST(optimizer_state="keep")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("model", [perceptron().requires_grad_(False), nn.ReLU()], ids=["frozen", "no parameters"])
+def test_a_model_with_nothing_to_train_is_refused(model: nn.Module):
+    with pytest.raises(InputError, match="without a parameter that requires a gradient") as caught:
+        SubnetTrainer(model, LocalSGD(num_parts=2))
+    assert caught.value.code == "nothing-to-train"

@@ -82,7 +82,7 @@ def test_a_sample_takes_from_every_part_and_is_always_the_same():
     assert own.sample(2) == [own.of(part, round_number=1, steps=(1, 1))[0] for part in (0, 1)]
     stream = Stream(range(100))
     stream.of(0, round_number=1, steps=(2, 3))
-    assert (stream.sample(3), stream.sample(100)) == ([0, 1, 2], [0, 1, 2, 3, 4])
+    assert (stream.sample(3), stream.sample(100)) == ([0, 1, 2], list(range(50))), "however much has been read"
 
 
 def test_a_list_is_read_again_and_an_iterator_that_ends_is_an_error():
@@ -133,3 +133,12 @@ def test_loaders_that_do_not_suit_are_refused(given_loader: Any, code: str, text
 def test_rows_of_a_batch_are_counted_in_every_form():
     rows = torch.ones(5, 2)
     assert [num_samples_in(batch) for batch in (rows, (rows, rows), {"input_ids": rows}, [rows])] == [5] * 4
+
+
+def test_a_sample_of_a_stream_is_the_same_whenever_it_is_asked_for():
+    early, late = Stream([0, 1, 2, 3]), Stream([0, 1, 2, 3])
+    assert early.sample(3) == [0, 1, 2]
+    rounds = [stream.of(0, round_number=number, steps=(3,)) for stream in (early, late) for number in (1, 2)]
+    assert rounds == [[0, 1, 2], [3, 0, 1]] * 2
+    assert late.sample(3) == [0, 1, 2]
+    assert late.sample(9) == early.sample(9) == [0, 1, 2, 3]

@@ -265,3 +265,9 @@ def test_less_than_one_batch_is_refused(folder: Path, tmp_path: Path):
 def test_text_and_data_that_are_not_there_are_refused(tmp_path: Path):
     refused("data-not-found", "twist", small(text=str(tmp_path / "none")), "there is no file or folder .* Check --text")
     refused("data-not-found", "ist", small(data=str(tmp_path / "none.npz")), "there is no file .* Check --data")
+
+
+def test_a_batch_of_one_row_is_refused_where_norms_want_two():
+    with pytest.raises(InputError, match=r"got a batch size of 1 for MLP, whose norms want two rows or more\. Pass --batch-size 2") as caught:
+        open_task("ist", TaskSettings(batch_size=1), seed=0)
+    assert caught.value.code == "below-minimum"

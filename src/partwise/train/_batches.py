@@ -5,6 +5,7 @@ Rows of a dataset are dealt to the parts once; each part walks through its own s
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -151,7 +152,9 @@ class Stream:
     travels: bool = field(default=True, init=False)
     _batches: Iterator[Any] = field(init=False, repr=False)
     _num_read: int = field(default=0, init=False)
+    _ahead: deque[Any] = field(default_factory=deque, init=False, repr=False)  # read by `sample`, not yet handed out
     _first: list[Any] = field(default_factory=list, init=False, repr=False)
+    _is_first_pass: bool = field(default=True, init=False, repr=False)
     _round: tuple[int, list[Any]] = field(default=(0, []), init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -165,17 +168,23 @@ class Stream:
         return self._round[1][first : first + (steps[part] if most is None else most)]
 
     def sample(self, number: int) -> list[Any]:
-        """See `Batches`: the first that were read."""
+        """See `Batches`: the first of the stream, as many as are kept; parts that come later still get them."""
+        while self._is_first_pass and len(self._first) < min(number, LARGEST_SAMPLE) and (found := next(self._batches, None)) is not None:
+            self._first.append(found)
+            self._ahead.append(found)
         return self._first[:number]
 
     def _next(self, round_number: int, wanted: int) -> Any:
+        if self._ahead:
+            self._num_read += 1
+            return self._ahead.popleft()
         for batch in self._batches:
             self._num_read += 1
-            if len(self._first) < LARGEST_SAMPLE:
+            if self._is_first_pass and len(self._first) < LARGEST_SAMPLE:
                 self._first.append(batch)
             return batch
         if self._num_read and iter(self.loader) is not self.loader:
-            self._batches, self._num_read = iter(self.loader), 0
+            self._batches, self._num_read, self._is_first_pass = iter(self.loader), 0, False
             return self._next(round_number, wanted)
         raise InputError(
             "loader-ended",

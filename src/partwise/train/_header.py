@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from partwise.train.method import SubnetMethod
 
 LIBRARIES = ("torch", "numpy", "transformers", "tokenizers", "scikit-learn", "safetensors")
+LONGEST_SHOWN = 10  # entries of a list in an error
 SOURCES = ("model", "text", "data")  # paths among the settings of a task
 
 
@@ -55,6 +57,8 @@ def describe(method: SubnetMethod) -> str:
 
 def check_same_data(run: RunFolder, header: Mapping[str, Any]) -> None:
     """Refuse to go on with data that are not what they were, saying what about them changed."""
+    if json.loads(json.dumps(header["settings"])) != run.header.get("settings"):
+        return  # RunFolder.resume names them; other data may follow from them
     then, now = run.header.get("data", {}), header["data"]
     changed = [name for name in sorted({*then, *now}) if name != "name" and then.get(name) != now.get(name)]
     if changed:
@@ -66,4 +70,8 @@ def check_same_data(run: RunFolder, header: Mapping[str, Any]) -> None:
 
 
 def _brief(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_brief(entry)}" for name, entry in value.items())
+    if isinstance(value, list) and len(value) > LONGEST_SHOWN:
+        return f"{len(value)} entries"
     return value[:12] if isinstance(value, str) else str(value)

@@ -207,7 +207,7 @@ class SubnetRounds:
         held = self.parts_of(number)[k]
         bare = extract(self.template, held, axes=self.axes, loadable=False) if self.axes else self.template
         small = with_tensors(bare, {name: tensor.to(self.device, copy=True) for name, tensor in part.tensors.items()})
-        batches = part.batches if part.batches is not None else self.batches.of(k, round_number=number, steps=self.steps)
+        batches = part.batches if part.batches is not None else self._batches_of(k, number)
         before = [len(batches) * (number - 1) + step for step in range(len(batches))]
         moments = {slot: {name: tensor.to(self.device, copy=True) for name, tensor in of_slot.items()} for slot, of_slot in part.moments.items()}
         with with_threads(self.num_threads), torch.random.fork_rng(), scaled_inputs(small, self.reader_factors(held)):
@@ -272,6 +272,12 @@ class SubnetRounds:
         names = names_in_part(self.axes, part, readers)
         return {names[reader]: factor for reader, factor in readers.items() if reader in names}
 
+    def _batches_of(self, part: int, round_number: int, *, most: int | None = None) -> list[Any]:
+        """Batches read here; what a dataset draws while it is read, as augmentation does, depends on part and round only."""
+        with torch.random.fork_rng():
+            torch.manual_seed(part_seed(self.seed, round_number=round_number, part=part))
+            return self.batches.of(part, round_number=round_number, steps=self.steps, most=most)
+
     def _next_round(self, state: SubnetState, part: int) -> int:
         return (state.updates[part] if self.is_async else state.round_number) + 1
 
@@ -333,7 +339,7 @@ class SubnetRounds:
         model = self.whole_model(state).train()
         with with_threads(self.num_threads), torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(part_seed(self.seed, round_number=state.round_number, part=0))
-            first = [self.batches.of(result.index, round_number=result.round_number, steps=self.steps, most=1)[0] for result in arrived]
+            first = [self._batches_of(result.index, result.round_number, most=1)[0] for result in arrived]
             return _mean([float(self.loss(model, batch)) for batch in first])
 
 

@@ -277,10 +277,16 @@ def default_rounds(method: SubnetMethod, kind: str) -> int:
 def start(job: Job, out: Path, header: Mapping[str, Any]) -> dict[str, Any]:
     """Run from the beginning; when that fails before the first round, no folder is left behind."""
     is_new = not out.exists()
+    made: list[RunFolder] = []
+
+    def create() -> RunFolder:
+        made.append(RunFolder.create(out, header))
+        return made[0]
+
     try:
-        return work(job, lambda: RunFolder.create(out, header))
+        return work(job, create)
     except Exception:
-        if is_new and not (RunFolder.exists(out) and RunFolder(out).metrics()):
+        if is_new and made and not made[0].metrics():  # a run that another process began there meanwhile is not touched
             shutil.rmtree(out, ignore_errors=True)
         raise
 

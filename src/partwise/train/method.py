@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from partwise.checks import InputError, check_at_least
+from partwise.checks import InputError, check_at_least, check_choice
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,6 +60,8 @@ class SubnetMethod(abc.ABC):
             )
         for number in steps:
             check_at_least(number, 1, name="num_local_steps")
+        if self.optimizer_state is not None:
+            check_choice(self.optimizer_state, ("reset", "carry", "none"), name="optimizer_state")
         if not 0 < self.blend <= 1:
             raise InputError("blend-range", f"got blend={self.blend}, expected a number above 0 and at most 1. Pass 0.5 to meet in the middle.")
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from partwise.checks import InputError
+from partwise.checks import InputError, check_choice
 
 if TYPE_CHECKING:
     from torch import nn, optim
@@ -52,11 +52,13 @@ class OptimizerSettings:
     grad_clip: float | None = 1.0
 
     def __post_init__(self) -> None:
+        check_choice(self.optimizer, ("adamw", "sgd"), name="optimizer")
+        check_choice(self.schedule, ("cosine", "constant"), name="schedule")
         for name, holds, expected in (
             ("lr", self.lr is None or (math.isfinite(self.lr) and self.lr > 0), "a number above 0"),
             ("weight_decay", math.isfinite(self.weight_decay) and self.weight_decay >= 0, "0 or more"),
             ("momentum", 0 <= self.momentum < 1, "at least 0 and below 1"),
-            ("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers of at least 0 and below 1"),
+            ("betas", len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), "two numbers of at least 0 and below 1"),
             ("warmup", 0 <= self.warmup <= 1, "a share from 0 to 1"),
             ("grad_clip", self.grad_clip is None or self.grad_clip > 0, "a number above 0, or none"),
         ):

@@ -231,6 +231,10 @@ def _samples_task(method_name: str, settings: TaskSettings, seed: int) -> TrainT
     fraction = settings.valid_fraction or VALID_FRACTIONS["classification"]
     samples = _arrays.read_samples(settings.data, valid_fraction=fraction, seed=settings.split_seed)
     samples, model = _with_network(samples, settings.model or DEFAULT_NETWORKS.get(method_name), seed)
+    if settings.batch_size == 1 and any(type(module).__name__ == "BatchNorm1d" for module in model.modules()):
+        raise InputError(
+            "below-minimum", f"got a batch size of 1 for {type(model).__name__}, whose norms want two rows or more. Pass --batch-size 2 or more."
+        )
     num_train = len(samples.classes["train"])
     if num_train < settings.batch_size:
         raise InputError(

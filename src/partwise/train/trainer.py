@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from partwise.checks import InputError, PartwiseError, check_at_least, check_choice
+from partwise.checks import InputError, PartwiseError, RunError, check_at_least, check_choice
 from partwise.engine import Engine, open_engine
 from partwise.models import tensors_of, with_tensors
-from partwise.rounds import Schedule, run_async, run_rounds
+from partwise.rounds import Schedule, part_seed, run_async, run_rounds
 from partwise.runs import Stopped
 from partwise.train._batches import Batches, batches_of
 from partwise.train._local import Loss, task_loss
@@ -122,7 +122,7 @@ class SubnetTrainer:
         self.seed, self.num_threads, self.probe_every = seed, num_threads or torch.get_num_threads(), probe_every
         self.axes = method.find_axes(model)
         tensors = tensors_of(model)
-        _check_finite_start(tensors)
+        _check_start(model, tensors)
         self._device = next(iter(tensors.values())).device
         self._start = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
         self._template = with_tensors(model, {name: tensor.detach().to("meta") for name, tensor in tensors.items()})
@@ -194,11 +194,16 @@ class SubnetTrainer:
         total = num_rounds * (self.method.num_parts if self.mode == "async" else 1)
 
         def after_round(_: int, state: SubnetState) -> None:
-            self.state = state
+            before, self.state = self.state, state
             assert state.report is not None
             self.history.append(state.report)
             if progress is not None:
-                progress(state.report, self)
+                try:
+                    progress(state.report, self)
+                except RunError:  # a model that has diverged, as a rule: what was good is kept
+                    self.state = before
+                    self.history.pop()
+                    raise
             stops = should_stop is not None and should_stop()
             if stops or keeper.is_due(state.round_number) or state.round_number == total:
                 keeper.save(state, self.history)
@@ -337,9 +342,15 @@ class SubnetTrainer:
         norms = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.track_running_stats]
         if not norms or self._batches is None:
             return
-        inputs = [next(iter(batch.values())) if isinstance(batch, Mapping) else batch[0] for batch in self._batches.sample(BATCHES_FOR_STATISTICS)]
-        if inputs:
-            torch.optim.swa_utils.update_bn(inputs, model, device=self._device)
+        with torch.random.fork_rng():
+            torch.manual_seed(part_seed(self.seed, round_number=0, part=0))  # dropout, and data that are drawn when they are read
+            inputs = [_inputs_of(batch) for batch in self._batches.sample(BATCHES_FOR_STATISTICS)]
+            if inputs:
+                torch.optim.swa_utils.update_bn(inputs, model, device=self._device)
+
+
+def _inputs_of(batch: Any) -> torch.Tensor:
+    return batch if isinstance(batch, torch.Tensor) else next(iter(batch.values())) if isinstance(batch, Mapping) else batch[0]
 
 
 def _check_kinds(method: object, optimizer: object) -> None:
@@ -351,7 +362,12 @@ def _check_kinds(method: object, optimizer: object) -> None:
         raise InputError("not-a-method", f"got {optimizer!r} as optimizer, expected OptimizerSettings. Pass OptimizerSettings(optimizer='sgd', lr=0.1).")
 
 
-def _check_finite_start(tensors: Mapping[str, torch.Tensor]) -> None:
+def _check_start(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError(
+            "nothing-to-train",
+            f"got a {type(model).__name__} without a parameter that requires a gradient, expected at least one. Unfreeze what is to be trained.",
+        )
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             num_bad = int((~tensor.isfinite()).sum())

@@ -175,8 +175,7 @@ class TwIST(SubnetMethod):
         from partwise.train._scores import order_of, sorted_tensors, unit_scores
 
         batches = rounds.batches.sample(NUM_BATCHES)
-        if not batches:
-            logger.warning("nested units keep the order they are in: no batch of the stream has been read yet. Pass a DataLoader over a dataset to sort them.")
+        if not batches:  # an empty loader, which the first round refuses
             return state
         from partwise.train._local import with_threads
 
