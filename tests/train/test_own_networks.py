@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from partwise.checks import InputError, RunError
 from partwise.train import IST, SubnetTrainer, load_ticket
+from partwise.train._networks import build
+from partwise.train.ticket import cut, save_ticket
 from subnet_runs import SGD, Halves, dataset, loader, perceptron
 
 
@@ -55,3 +58,23 @@ def test_a_loss_that_breaks_after_the_last_step_is_named_too():
     with pytest.raises(RunError, match="the loss of part 0 in round 1 became inf after its last local step") as caught:
         SubnetTrainer(perceptron(), Halves(), optimizer=SGD, loss=loss).fit(loader(), num_rounds=2)
     assert caught.value.code == "loss-not-finite"
+
+
+@pytest.mark.parametrize(
+    ("damage", "code"),
+    [
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"cut short"), "damaged-weights"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "damaged-weights"),
+        (lambda folder: save_file({"head.weight": torch.zeros(2)}, folder / "model.safetensors"), "weights-do-not-match"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), "no-ticket"),
+        (lambda folder: (folder / "config.json").write_text("[1]"), "no-ticket"),
+    ],
+    ids=["damaged", "missing", "others", "no class", "no object"],
+)
+def test_a_broken_ticket_is_refused(damage: Any, code: str, tmp_path: Path):
+    method, model = IST(num_parts=2), build({"network": "mlp", "num_inputs": 6, "hidden": [8, 8], "num_classes": 3})
+    save_ticket(cut(method, model, method.find_axes(model), 0.5), tmp_path / "half")
+    damage(tmp_path / "half")
+    with pytest.raises(InputError) as caught:
+        load_ticket(tmp_path / "half")
+    assert caught.value.code == code

@@ -177,6 +177,8 @@ def test_an_asynchronous_run_replays_to_the_same_bits_from_its_schedule():
     assert same_bits(trainer(4).fit(loader(), num_rounds=4, replay=lived.schedule).state.tensors, lived.state.tensors)
     with pytest.raises(InputError, match="got a schedule to replay with mode='sync'"):
         SubnetTrainer(perceptron(), Halves(num_parts=3), optimizer=SGD).fit(loader(), num_rounds=4, replay=lived.schedule)
+    with pytest.raises(InputError, match="got a schedule of 12 arrivals, expected 9, as many as this run has left"):
+        trainer(4).fit(loader(), num_rounds=3, replay=lived.schedule)
 
 
 def test_workers_of_different_speed_make_their_own_numbers_of_steps():

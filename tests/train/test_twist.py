@@ -476,3 +476,12 @@ def test_random_half_tickets_are_nearly_as_good_as_the_whole_model_and_those_of_
     (whole, ticket), (_, ordinary) = losses[0.5], losses[1.0]
     assert ticket <= 1.05 * whole  # 1.03 at the 900 steps of the design
     assert ticket <= ordinary - 0.2
+
+
+def test_one_size_or_pinned_layer_needs_no_tuple():
+    assert (TwIST(sizes=0.5).sizes, TwIST(pinned="first").pinned) == ((0.5,), ("first",))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("num_rounds", [1, 2, 3, 10])
+def test_the_last_round_is_never_one_of_whole_models(num_rounds: int):
+    assert not TwIST(whole_share=0.9).is_whole_round(num_rounds, num_rounds)

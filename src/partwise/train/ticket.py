@@ -207,12 +207,14 @@ def load_ticket(folder: Path, *, model: nn.Module | None = None) -> nn.Module:
     if not (folder / "config.json").is_file():
         return _load_own(folder, model)
     config = atomic_files.read_json(folder / "config.json")
+    if not isinstance(config, dict) or ("model_type" in config and len(config.get("architectures") or ()) != 1):
+        raise InputError("no-ticket", f"{folder / 'config.json'} does not name the class of its model, expected what save_ticket wrote. Check the path.")
     if "model_type" not in config:
         return _load_plain(config, folder)
     import transformers
 
     [architecture] = config["architectures"]
-    with _built_layer_by_layer(config):
+    with _sound_weights(folder), _built_layer_by_layer(config):
         small: nn.Module = getattr(transformers, architecture).from_pretrained(folder, use_safetensors=True, local_files_only=True)
     return small.eval()
 
@@ -296,7 +298,8 @@ def _load_plain(config: Any, folder: Path) -> nn.Module:
     from partwise.train import _networks
 
     model: nn.Module = _networks.build(config)
-    model.load_state_dict(load_file(folder / "model.safetensors"))
+    with _sound_weights(folder):
+        model.load_state_dict(load_file(folder / "model.safetensors"))
     return model.eval()
 
 
@@ -315,8 +318,24 @@ def _load_own(folder: Path, model: nn.Module | None) -> nn.Module:
     units = atomic_files.read_json(folder / "ticket.json")["units"]
     axes = [axis for axis in coupled_axes(model) if axis.name in units]
     small = extract(model, Part({name: tuple(held) for name, held in units.items()}), axes=axes)
-    small.load_state_dict(load_file(folder / "model.safetensors"))
+    with _sound_weights(folder):
+        small.load_state_dict(load_file(folder / "model.safetensors"))
     return small.eval()
+
+
+@contextlib.contextmanager
+def _sound_weights(folder: Path) -> Iterator[None]:
+    """Say in our words what is wrong with the weights of a ticket."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise InputError("damaged-weights", f"the weights of {folder} cannot be read ({str(error).splitlines()[0]}). Copy or save the ticket again.") from error
+    except RuntimeError as error:
+        raise InputError(
+            "weights-do-not-match", f"the weights of {folder} are not of the sizes that its configuration tells. Check that both files belong together."
+        ) from error
 
 
 def _built_layer_by_layer(config: Any) -> contextlib.AbstractContextManager[None]:

@@ -298,6 +298,11 @@ class SubnetTrainer:
                 raise InputError(
                     "replay-without-async", "got a schedule to replay with mode='sync', where order has no influence. Leave it out, or pass mode='async'."
                 )
+            if (arrivals := sum(kind == "arrive" for kind, _ in replay.events)) != number:
+                raise InputError(
+                    "schedule-mismatch",
+                    f"got a schedule of {arrivals} arrivals, expected {number}, as many as this run has left. Replay a whole run of its length.",
+                )
             _, self.schedule = run_async(rounds, state, schedule=replay, progress=after_round)
             return
         with open_engine(self.engine, num_workers=self.num_workers, num_parts=self.method.num_parts, seed=self.seed) as engine:

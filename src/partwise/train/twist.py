@@ -100,9 +100,12 @@ class TwIST(SubnetMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("keep", "sizes", "pinned"):  # JSON has lists only
-            if isinstance(value := getattr(self, name), list):
+        for name in ("keep", "sizes", "pinned"):
+            value = getattr(self, name)
+            if isinstance(value, list):  # JSON has lists only
                 object.__setattr__(self, name, tuple(value))
+            elif name != "keep" and not isinstance(value, tuple):  # one alone
+                object.__setattr__(self, name, (value,))
         for keep in (*self.sizes, *(self.keep if isinstance(self.keep, tuple) else () if self.keep is None else (self.keep,))):
             FixedFractionSampler(keep=keep)  # refuses fractions out of range
         if isinstance(self.keep, tuple) and len(self.keep) != self.num_parts:
@@ -240,7 +243,7 @@ class TwIST(SubnetMethod):
         return [Part(mine, index=index) for index, mine in enumerate(units)]
 
     def _num_whole_rounds(self, num_rounds: int) -> int:
-        return round((self.whole_share or 0.0) * num_rounds)
+        return min(round((self.whole_share or 0.0) * num_rounds), num_rounds - 1)  # never all of them
 
     def _check_blocks(self, axes: Sequence[Axis]) -> None:
         from partwise.linalg.partition import nearest_divisors
