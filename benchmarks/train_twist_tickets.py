@@ -203,7 +203,7 @@ def small_model(seed: int) -> Any:
 
 EXPERIMENTS = (
     Experiment(name="code", title="source of the standard library", text=code, start=lambda seed: pretrained(MODEL), lr=2e-4, num_rounds=20),
-    Experiment(name="wikitext", title="WikiText-2", text=wikitext, start=lambda seed: pretrained(BASE), lr=5e-4, num_rounds=16),
+    Experiment(name="wikitext", title="WikiText-2", text=wikitext, start=lambda seed: pretrained(BASE), lr=5e-4, num_rounds=32),
     Experiment(
         name="scratch",
         title="source of the standard library, untrained model of 1.2 million parameters",

@@ -30,7 +30,7 @@ small network on scikit-learn's digits.
   partwise train --model my/llama --text my/notes                    go on with a model that exists
   partwise train ist --data images.npz                               arrays x_train, y_train, x_test, y_test
   partwise train twist --num-parts 8 --keep 0.25                     more and smaller subnetworks
-  partwise train --engine ray --num-workers 2 --num-threads 1        the same bits from two workers on this machine
+  partwise train --num-parts 2 --engine ray --num-threads 1          two subnetworks a round in two workers; the same bits as here
   partwise train --engine ray --address auto --timeout 60            on a cluster; slow workers are passed by
   partwise train --engine ray --mode async                           nobody waits for anybody
   partwise train --out runs/first                                    where the run goes; Ctrl-C saves it,

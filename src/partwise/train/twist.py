@@ -43,8 +43,9 @@ class TwIST(SubnetMethod):
 
     Parameters
     ----------
-    num_parts : int, default=2
-        Subnetworks of a round. On one machine two are better than four: for the same number of tokens, each then makes twice as many steps.
+    num_parts : int, default=1
+        Subnetworks of a round, at least one for each worker. On one machine one is best: for the same number of tokens it makes the most steps, each of which
+        builds on the one before.
     num_local_steps : int or tuple of int, default=10
         As few as the link allows; we measured 5 and 10.
     keep : float or tuple of float, optional
@@ -85,7 +86,7 @@ class TwIST(SubnetMethod):
     everything among smaller ones: Universally Slimmable Networks, arXiv:1903.05134. Nested units: MatFormer, arXiv:2310.07707.
     """
 
-    num_parts: int = 2
+    num_parts: int = 1
     num_local_steps: int | tuple[int, ...] = 10
     keep: float | tuple[float, ...] | None = None
     sizes: tuple[float, ...] = (0.25, 0.5, 0.75)
