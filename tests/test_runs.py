@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from partwise.checks import InputError, RunError
-from partwise.runs import RunFolder
+from partwise.runs import RunFolder, begin_run
 
 HEADER: dict[str, Any] = {
     "partwise": "0.1.0",
@@ -211,3 +211,23 @@ def test_two_processes_cannot_write_to_one_run_and_a_killed_one_gives_it_back(tm
     steps = [row["step"] for row in RunFolder.resume(tmp_path, header).metrics()]
     assert steps == list(range(1, len(steps) + 1)), "no row is lost or torn"
     assert len(steps) >= 4
+
+
+@pytest.mark.parametrize(("was_there", "started", "stays"), [(False, False, False), (False, True, True), (True, False, True)])
+def test_a_run_that_failed_before_it_started_leaves_no_folder_behind(was_there: bool, started: bool, stays: bool, tmp_path: Path):
+    path = tmp_path / "run"
+    if was_there:
+        path.mkdir()
+    with pytest.raises(ValueError, match="too bad"), begin_run(path, {"room": "tune"}, has_started=lambda run: started) as create:
+        create()
+        raise ValueError("too bad")
+    assert path.exists() == stays
+
+
+def test_a_run_that_another_process_began_meanwhile_is_left_alone(tmp_path: Path):
+    path = tmp_path / "run"
+    with pytest.raises(InputError, match="already holds a run"), begin_run(path, {"room": "tune"}, has_started=lambda run: False) as create:
+        theirs = RunFolder.create(path, {"room": "train"})
+        del theirs
+        create()
+    assert RunFolder(path).header["room"] == "train"

@@ -23,17 +23,18 @@ import importlib.metadata
 import json
 import logging
 import os
+import shutil
 import signal
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from partwise.atomic_files import clear_leftovers, read_json, to_json_line, write_atomic, write_json, write_refused
 from partwise.checks import InputError, RunError, check_choice
 
-__all__ = ["RunFolder", "Status", "Stopped", "check_place", "flat_settings", "fresh_run", "installed_version", "stop_flag"]
+__all__ = ["RunFolder", "Status", "Stopped", "begin_run", "check_place", "flat_settings", "fresh_run", "installed_version", "stop_flag"]
 
 logger = logging.getLogger(__name__)
 
@@ -281,6 +282,34 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, run: Path) -> None:
         super().__init__(str(run))
         self.run = run
+
+
+@contextlib.contextmanager
+def begin_run(path: Path, header: Mapping[str, Any], *, has_started: Callable[[RunFolder], bool]) -> Iterator[Callable[[], RunFolder]]:
+    """Hand out what creates the run; when the block fails before the run has started, its folder is taken away again.
+
+    A folder that was there before stays, and so does a run that another process began there meanwhile.
+
+    Parameters
+    ----------
+    path, header
+        As for `RunFolder.create`.
+    has_started : callable
+        Whether the run has come so far that it is worth keeping.
+    """
+    was_there = path.exists()
+    made: list[RunFolder] = []
+
+    def create() -> RunFolder:
+        made.append(RunFolder.create(path, header))
+        return made[0]
+
+    try:
+        yield create
+    except Exception:
+        if made and not was_there and not has_started(made[0]):
+            shutil.rmtree(path, ignore_errors=True)
+        raise
 
 
 def check_place(out: Path, *, resume: bool) -> None:

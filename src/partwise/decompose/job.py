@@ -9,7 +9,6 @@ import inspect
 import logging
 import platform
 import re
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from partwise import __version__
 from partwise.checks import InputError, check_at_least, check_choice, load_extra
 from partwise.decompose import METHODS
 from partwise.flags import load_target
-from partwise.runs import RunFolder, Stopped, check_place, installed_version, stop_flag
+from partwise.runs import RunFolder, Stopped, begin_run, check_place, installed_version, stop_flag
 
 if TYPE_CHECKING:
     from partwise.decompose._eigen_estimator import EigenEstimator
@@ -171,13 +170,8 @@ def decompose(
 
 def start(job: Job, out: Path, header: Mapping[str, Any]) -> dict[str, Any]:
     """Run from the beginning; when that fails before the first round, no folder is left behind."""
-    is_new = not out.exists()
-    try:
-        return work(job, lambda: RunFolder.create(out, header))
-    except Exception:
-        if is_new and not (RunFolder.exists(out) and RunFolder(out).metrics()):
-            shutil.rmtree(out, ignore_errors=True)
-        raise
+    with begin_run(out, header, has_started=lambda run: bool(run.metrics())) as create:
+        return work(job, create)
 
 
 def work(job: Job, open_run: Callable[[], RunFolder]) -> dict[str, Any]:

@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from partwise.checks import InputError, RunError
-from partwise.runs import RunFolder, Stopped, check_place, stop_flag
+from partwise.runs import RunFolder, Stopped, begin_run, check_place, stop_flag
 from partwise.train._header import check_same_data, run_header
 
 if TYPE_CHECKING:
@@ -276,19 +275,8 @@ def default_rounds(method: SubnetMethod, kind: str) -> int:
 
 def start(job: Job, out: Path, header: Mapping[str, Any]) -> dict[str, Any]:
     """Run from the beginning; when that fails before the first round, no folder is left behind."""
-    is_new = not out.exists()
-    made: list[RunFolder] = []
-
-    def create() -> RunFolder:
-        made.append(RunFolder.create(out, header))
-        return made[0]
-
-    try:
+    with begin_run(out, header, has_started=lambda run: bool(run.metrics())) as create:
         return work(job, create)
-    except Exception:
-        if is_new and made and not made[0].metrics():  # a run that another process began there meanwhile is not touched
-            shutil.rmtree(out, ignore_errors=True)
-        raise
 
 
 def work(job: Job, open_run: Callable[[], RunFolder]) -> dict[str, Any]:

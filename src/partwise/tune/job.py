@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import platform
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from partwise import __version__
 from partwise.checks import InputError, load_extra
-from partwise.runs import RunFolder, Stopped, check_place, flat_settings, installed_version
+from partwise.runs import RunFolder, Stopped, begin_run, check_place, flat_settings, installed_version
 from partwise.tune._data import DataSettings
 from partwise.tune.recipe import Plan, Recipe
 
@@ -204,22 +203,18 @@ def tune(
     data = data or DataSettings()
     job = prepare(recipe, settings, data, name=name, task_data=task_data, report=report)
     header = run_header(job, data, command=command)
-    is_new = not out.exists()
-    try:
-        run = RunFolder.resume(out, header) if resume else RunFolder.create(out, header)
-        return work(job, run, checkpoint_every=checkpoint_every)
-    except KeyboardInterrupt:
-        run.set_status("interrupted")
-        raise Stopped(out) from None
-    except Exception:
-        if is_new and not has_started(out):
-            shutil.rmtree(out, ignore_errors=True)
-        raise
+    with begin_run(out, header, has_started=has_started) as create:
+        run = RunFolder.resume(out, header) if resume else create()
+        try:
+            return work(job, run, checkpoint_every=checkpoint_every)
+        except KeyboardInterrupt:
+            run.set_status("interrupted")
+            raise Stopped(out) from None
 
 
-def has_started(out: Path) -> bool:
+def has_started(run: RunFolder) -> bool:
     """Whether a run has taken a step, so that its folder is worth keeping."""
-    return RunFolder.exists(out) and any(row["kind"] == "train" for row in RunFolder(out).metrics())
+    return any(row["kind"] == "train" for row in run.metrics())
 
 
 def work(job: Job, run: RunFolder, *, checkpoint_every: int) -> dict[str, Any]:
