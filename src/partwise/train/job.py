@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 DEFAULT_METHOD = "twist"
 # Where --num-rounds is left out: local steps of all parts together, by kind of task. A run with no flags then takes minutes on 2 cores, measuring included.
-DEFAULT_STEPS = {"causal-lm": 1100, "classification": 4000}
+DEFAULT_STEPS = {"causal-lm": 900, "classification": 4000}
 # What settings of a method that are left open become where the model starts from random weights, unless --keep bounds what a part may hold.
 FOR_NEW_MODELS = {"whole_share": 0.7}
 NUM_VALIDATIONS = 10  # where --valid-every is left out
