@@ -32,7 +32,7 @@ def summary_parts(summary: Mapping[str, Any]) -> Iterator[RenderableType]:
         sent += f" (on the wire {format_bytes(wire['bytes_down'])} and {format_bytes(wire['bytes_up'])})"
     counts = ", ".join(f"{count:,} {name}" for name, count in mishaps.items())
     yield Text(f"traffic: {sent}{f'; {counts}' if counts else ''}; {100 * summary['coverage']:.1f} % of the units trained per round")
-    steps = f"{summary['num_rounds']:,} rounds of {summary['num_parts']} parts, {summary['num_steps']:,} local steps"
+    steps = f"{summary['num_rounds']:,} rounds of {summary['num_parts']} part{'s' * (summary['num_parts'] != 1)}, {summary['num_steps']:,} local steps"
     yield Text(f"{steps}, took {format_seconds(summary['seconds'])}")
     yield Text(f"report   {summary['report'] or 'not drawn'}\nrun      {summary['run']}")
     if len(summary["tickets"]) > 1:
