@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from partwise.engine.place import Place
 from partwise.flags import from_settings
 from partwise.runs import RunFolder
 from partwise.train._flags import method_class
-from partwise.train.job import Place, TrainSettings, train
+from partwise.train.job import TrainSettings, train
 from partwise.train.optimizer import OptimizerSettings
 from partwise.train.task import TaskSettings
 from stopped_runs import Killed

@@ -17,7 +17,8 @@ from decompose_runs import METHOD, ROUNDS, SPECTRUM, draw_nothing, run_small, wr
 from matrices import matrix_with
 from partwise.checks import InputError
 from partwise.decompose._result import MAX_SCORES
-from partwise.decompose.job import Place, decompose
+from partwise.decompose.job import decompose
+from partwise.engine.place import Place
 from partwise.ledger import Ledger
 from partwise.runs import RunFolder
 from tolerances import assert_close

@@ -13,7 +13,7 @@ import pytest
 from decompose_runs import METHOD, ROUNDS, assert_same_run, draw_nothing, kill_at, kill_in, run_small, write_matrix
 from partwise.checkpoint import latest_checkpoint
 from partwise.checks import InputError, RunError
-from partwise.decompose.job import Place
+from partwise.engine.place import Place
 from partwise.runs import RunFolder, Stopped
 from stopped_runs import Killed, run_and_kill, run_to_the_end
 

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from partwise.cli import main
+from partwise.engine.place import Place
 from partwise.runs import RunFolder
 from partwise.train import METHODS
 from partwise.train._command import pages
 from partwise.train._flags import method_class, read_train_flags
-from partwise.train.job import Place, TrainSettings
+from partwise.train.job import TrainSettings
 from partwise.train.optimizer import OptimizerSettings
 from partwise.train.task import TaskSettings
 from stopped_runs import run_and_interrupt

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from partwise.checkpoint import latest_checkpoint
 from partwise.checks import InputError, RunError
+from partwise.engine.place import Place
 from partwise.ledger import Ledger
 from partwise.runs import RunFolder
 from partwise.train import METHODS, job
@@ -22,7 +23,7 @@ from partwise.train._flags import method_class, train_flags
 from partwise.train._header import check_same_data
 from partwise.train._local import task_loss
 from partwise.train._metrics import accuracy, mean_loss
-from partwise.train.job import DEFAULT_STEPS, Place, default_rounds, for_new_model, starts_new
+from partwise.train.job import DEFAULT_STEPS, default_rounds, for_new_model, starts_new
 from partwise.train.task import Kind, TaskSettings
 from partwise.train.ticket import load_ticket
 from train_runs import ROUNDS, draw_nothing, run_small, write_decoder, write_rows, write_texts

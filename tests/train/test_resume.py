@@ -12,9 +12,9 @@ import pytest
 
 from partwise.checkpoint import latest_checkpoint
 from partwise.checks import InputError, RunError
+from partwise.engine.place import Place
 from partwise.runs import RunFolder, Stopped
 from partwise.train._cut import cut_run
-from partwise.train.job import Place
 from stopped_runs import Killed, run_and_kill, run_to_the_end
 from train_runs import ROUNDS, assert_same_run, draw_nothing, flags_of_small, kill_at, kill_in, run_small, write_decoder, write_rows, write_texts
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from partwise.commands import Command, Report
-
-if TYPE_CHECKING:
-    from partwise.decompose.job import Place
 
 USAGE = (("decompose [METHOD] [FILE]", "principal components with guaranteed intervals, on one machine or many"),)
 EXAMPLES = ("partwise decompose data.npy --n-components 10          components of a matrix; without a file, of scikit-learn's digits",)
@@ -74,19 +71,12 @@ def start(name: str, flags: Any, *, out: Path, command: list[str], resume: bool,
         out=out,
         key=flags.data.key,
         seed=seed,
-        place=place_of(flags.place),
+        place=flags.place,
         resume=resume,
         checkpoint_every=flags.run.checkpoint_every,
         command=command,
         report=report,
     )
-
-
-def place_of(flags: Any) -> Place:
-    """Where the parts run, from the flags."""
-    from partwise.decompose.job import Place
-
-    return Place(**vars(flags))
 
 
 def help_text() -> str:

@@ -14,6 +14,7 @@ from tyro.conf import Positional
 
 from partwise.decompose import METHODS
 from partwise.decompose.job import PARALLEL, estimator_class
+from partwise.engine.place import Place
 from partwise.flags import RunFlags, check_same_method, description, first_line, flag_value, read_config, read_flags, stored_settings
 from partwise.runs import RunFolder
 
@@ -35,29 +36,6 @@ class DataFlags:
 
     file: Positional[str | None] = None
     key: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlaceFlags:
-    """Where the parts run. In synchronous rounds none of this changes the result.
-
-    Parameters
-    ----------
-    engine : str
-        inline: in this process, all parts of a round in one product. ray: in workers, on this machine or on a cluster.
-    num_workers : int or None
-        Workers. Left out: one per core, at most one per part.
-    address : str or None
-        Address of a Ray cluster that runs already: auto, or ray://host:port. Left out: one is started on this machine.
-    timeout : float or None
-        Seconds after which the parts of a Ray worker that does not answer are sent to a fresh one too; when they are late three times the run ends.
-        Left out: ten times what the slowest answer took and at least a minute, and the run does not end.
-    """
-
-    engine: Literal["inline", "ray"] = "inline"
-    num_workers: int | None = None
-    address: str | None = None
-    timeout: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +84,7 @@ def with_parameters(estimator: type[Any]) -> str:
 
 def decompose_flags(estimator: type[Any]) -> type[Any]:
     """The dataclass whose fields, with those of its parts, are the flags of ``partwise decompose METHOD``."""
-    parts: dict[str, type[Any]] = {"data": DataFlags, "method": estimator_flags(estimator), "place": PlaceFlags, "run": DecomposeRunFlags}
+    parts: dict[str, type[Any]] = {"data": DataFlags, "method": estimator_flags(estimator), "place": Place, "run": DecomposeRunFlags}
     return make_dataclass("Flags", [(name, part, field(default_factory=part)) for name, part in parts.items()], frozen=True, kw_only=True)
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from partwise import __version__
 from partwise.checks import InputError, check_at_least, check_choice, load_extra
 from partwise.decompose import METHODS
+from partwise.engine.place import Place
 from partwise.flags import load_target
 from partwise.runs import RunFolder, Stopped, begin_run, check_place, installed_version, stop_flag
 
@@ -33,29 +34,6 @@ LARGEST_SEED = 2**32 - 1  # that scikit-learn takes
 LIBRARIES = ("numpy", "scipy", "scikit-learn", "safetensors")
 
 Report = Callable[[str, int, int, str], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where the parts run. In synchronous rounds none of this changes the result, so a run may go on elsewhere.
-
-    Parameters
-    ----------
-    engine : str
-        ``inline``: in this process, all parts of a round in one product. ``ray``: in workers, on this machine or on a cluster.
-    num_workers : int or None
-        Workers. Left out: one per core, at most one per part.
-    address : str or None
-        Address of a running Ray cluster, ``auto`` or ``ray://host:port``. Left out: a cluster on this machine, for this run.
-    timeout : float or None
-        Seconds after which the parts of a worker that does not answer are sent to a fresh one too. Left out: ten times what the slowest answer took,
-        and at least a minute.
-    """
-
-    engine: str = "inline"
-    num_workers: int | None = None
-    address: str | None = None
-    timeout: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

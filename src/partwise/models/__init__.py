@@ -6,6 +6,7 @@
 - ``llama``, ``gpt2``, ``vit``, ``resnet``, ``mlp`` - one file per family; ``chains`` follows data through plain networks for the last two.
 - ``uneven`` - transformers models whose layers differ in size.
 - ``names`` - where a module sits, read from its name.
+- ``loading`` - load models of transformers without a word on the terminal.
 
 Importing this package loads nothing heavy.
 """

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from partwise.checkpoint import latest_checkpoint
 from partwise.checks import InputError
+from partwise.engine.place import Place
 from partwise.flags import from_settings
 from partwise.runs import RunFolder
 from partwise.train._flags import flags_of, method_class, stored_run
 from partwise.train._header import check_same_data, run_header
-from partwise.train.job import Job, Place, Report, TrainSettings, check_setting, prepare
+from partwise.train.job import Job, Report, TrainSettings, check_setting, prepare
 from partwise.train.optimizer import OptimizerSettings
 from partwise.train.task import TaskSettings
 

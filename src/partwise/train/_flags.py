@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from partwise.checks import check_choice
+from partwise.engine.place import Place
 from partwise.flags import RunFlags, check_same_method, description, flag_value, load_target, read_config, read_flags, stored_settings
 from partwise.runs import RunFolder
 from partwise.train import METHODS
-from partwise.train.job import DEFAULT_METHOD, Place, TrainSettings
+from partwise.train.job import DEFAULT_METHOD, TrainSettings
 from partwise.train.method import SubnetMethod
 from partwise.train.optimizer import OptimizerSettings
 from partwise.train.task import TaskSettings

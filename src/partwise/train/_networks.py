@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from partwise.checks import InputError, check_choice, load_extra
+from partwise.models.loading import quiet
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -335,23 +334,3 @@ def _weights(transformers: Any, source: str) -> Any:
             "Check that both files belong together.",
         )
     return model
-
-
-@contextlib.contextmanager
-def quiet(transformers: Any) -> Iterator[None]:
-    """Silence the progress bars and reports of loading, and put back what was there."""
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    log = transformers.utils.logging
-    verbosity, bars, hub_bars = log.get_verbosity(), log.is_progress_bar_enabled(), not are_progress_bars_disabled()
-    log.set_verbosity(logging.CRITICAL)
-    log.disable_progress_bar()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        log.set_verbosity(verbosity)
-        if bars:
-            log.enable_progress_bar()
-        if hub_bars:
-            enable_progress_bars()

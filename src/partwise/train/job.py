@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from partwise.checks import InputError, RunError
+from partwise.engine.place import Place
 from partwise.runs import RunFolder, Stopped, begin_run, check_place, stop_flag
 from partwise.train._header import check_same_data, run_header
 
@@ -32,29 +33,6 @@ NUM_VALIDATIONS = 10  # where --valid-every is left out
 LARGEST_SEED = 2**63 - 1  # that torch takes
 
 Report = Callable[[str, int, int, str], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where the parts train. In synchronous rounds none of this changes the result, so a run may go on elsewhere.
-
-    Parameters
-    ----------
-    engine : str
-        inline: in this process, one part after the other. ray: in workers, on this machine or on a cluster.
-    num_workers : int or None
-        Workers. Left out: one per core, at most one per part.
-    address : str or None
-        Address of a Ray cluster that runs already: auto, or ray://host:port. Left out: one is started on this machine.
-    timeout : float or None
-        Seconds after which the part of a Ray worker that does not answer is sent to a fresh one too; when it is late three times the run ends.
-        Left out: ten times what the slowest answer took and at least a minute, and the run does not end.
-    """
-
-    engine: Literal["inline", "ray"] = "inline"
-    num_workers: int | None = None
-    address: str | None = None
-    timeout: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partwise.checks import InputError, MissingExtra, load_extra
+from partwise.models.loading import quiet
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,7 +62,7 @@ def load_model(model: str | None, *, task: Task, num_labels: int, seed: int = 0)
         raise InputError(
             "model-not-found", f"there is no folder {source!r} in {Path.cwd()}. Check --model; it takes a folder or a Hugging Face model id."
         )
-    with _quiet(transformers):
+    with quiet(transformers):
         config = _load(transformers.AutoConfig, source)
         check_task(config, task, source)
         tokenizer = _load(transformers.AutoTokenizer, source)
@@ -226,23 +225,3 @@ def _set_pad_token(model: Any, tokenizer: Any, source: str) -> None:
             "tokenizer_config.json to a token that the model knows, such as its end token.",
         )
     model.config.pad_token_id = tokenizer.pad_token_id
-
-
-@contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Silence the progress bars and reports of loading, and put back what was there."""
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    log = transformers.utils.logging
-    verbosity, bars, hub_bars = log.get_verbosity(), log.is_progress_bar_enabled(), not are_progress_bars_disabled()
-    log.set_verbosity(logging.CRITICAL)
-    log.disable_progress_bar()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        log.set_verbosity(verbosity)
-        if bars:
-            log.enable_progress_bar()
-        if hub_bars:
-            enable_progress_bars()
