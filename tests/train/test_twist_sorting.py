@@ -71,3 +71,9 @@ def test_a_share_of_whole_rounds_out_of_range_is_refused(share: float):
     with pytest.raises(InputError, match=f"got whole_share={share}, expected at least 0 and below 1") as caught:
         TwIST(whole_share=share)
     assert caught.value.code == "whole-share"
+
+
+def test_nested_units_without_a_part_that_holds_everything_are_refused():
+    with pytest.raises(InputError, match="got choice='nested' where no part keeps more than 0.5, expected one that keeps everything") as caught:
+        TwIST(choice="nested", keep=0.5)
+    assert caught.value.code == "nested-without-whole"
