@@ -74,6 +74,6 @@ def test_a_share_of_whole_rounds_out_of_range_is_refused(share: float):
 
 
 def test_nested_units_without_a_part_that_holds_everything_are_refused():
-    with pytest.raises(InputError, match="got choice='nested' where no part keeps more than 0.5, expected one that keeps everything") as caught:
+    with pytest.raises(InputError, match=r"got choice='nested' where no part keeps more than 0\.5, expected one that keeps everything") as caught:
         TwIST(choice="nested", keep=0.5)
     assert caught.value.code == "nested-without-whole"
