@@ -160,13 +160,13 @@ def time_against_rounds() -> None:
 
 def time_against_processes() -> None:
     """Worker processes on one machine: seconds of a round, and what messages add to the formula."""
-    started, processes = time.perf_counter(), (1, 2, 4)
+    started = time.perf_counter()
     generator = torch.Generator().manual_seed(0)
     dataset = TensorDataset(torch.randn(2048, NUM_INPUTS, generator=generator), torch.randint(10, (2048,), generator=generator))
     loader = DataLoader(dataset, batch_size=64, shuffle=True)
     for make in (IST, LocalSGD):
-        method, seconds, added = make(num_parts=4, num_local_steps=STEPS), [], []
-        for number in processes:
+        method, seconds, added = make(num_parts=max(WORKERS), num_local_steps=STEPS), [], []
+        for number in WORKERS:
             trainer = SubnetTrainer(
                 perceptron(1024), method, optimizer=OPTIMIZER, probe_every=0, num_threads=1, engine="ray", num_workers=number
             ).fit(loader, num_rounds=6)
@@ -175,12 +175,12 @@ def time_against_processes() -> None:
             assert trainer.traffic is not None
             added.append((trainer.traffic.bytes_down + trainer.traffic.bytes_up) / sent - 1)
         report(
-            "Seconds of a round against worker processes on this machine (1, 2 and 4)",
+            "Seconds of a round against worker processes on this machine (1, 2, 4 and 8)",
             repr(method),
             seconds,
             unit="seconds per round",
             started=started,
-            note="784-1024-1024-10, 4 parts; the three values are for 1, 2 and 4 processes of one thread each, on cores that other programs share, so "
+            note="784-1024-1024-10, 8 parts; the four values are for 1, 2, 4 and 8 processes of one thread each, on two cores that other programs may share, so "
             "they say what an exchange costs and not how rounds scale. "
             f"{bytes_per_round(method, perceptron(1024)).total / 2**20:.1f} MiB per round; messages add at most {max(added):.2%} to the formula.",
         )
