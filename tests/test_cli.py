@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import types
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from partwise import ROOMS, __version__
-from partwise.cli import main, progress_bar
+from partwise.cli import main, progress_bar, status_line
 from partwise.commands import Command
 from partwise.doctor import examine, look_at_disk, look_for
 from partwise.flags import flag_value, resume_command
@@ -313,6 +314,81 @@ def test_a_room_plugs_in_by_its_own_files_alone(tmp_path: Path, capsys: pytest.C
     assert capsys.readouterr().out == "leek\n"
     assert run("kitchen", "leek", "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"soup": "leek"}
+
+
+@pytest.fixture
+def poet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A room whose command says a verse bit by bit, and counts its letters at the end."""
+
+    def recite(report: Any, write: Any = lambda text: None) -> dict[str, Any]:
+        for number, word in enumerate(VERSE, start=1):
+            report("reciting", number, len(VERSE), f"at {word!r}")
+            write(word)
+        return {"letters": len("".join(VERSE))}
+
+    room = types.ModuleType("partwise.poet._command")
+    room.USAGE, room.EXAMPLES, room.pages = (), (), lambda: [[]]  # type: ignore[attr-defined]
+    room.read = lambda words: Command(  # type: ignore[attr-defined]
+        work=recite, stream=recite, show=lambda made: [f"{made['letters']} letters"], json="--json" in words
+    )
+    monkeypatch.setitem(sys.modules, "partwise.poet._command", room)
+    monkeypatch.setattr("partwise.cli.rooms_with", lambda module: ["poet"])
+
+
+VERSE = ("a rose", " is a", " rose", "", " \x1b[2J", "\nis")
+
+
+def test_text_that_comes_bit_by_bit_is_all_of_standard_output_and_ends_with_a_line_break(poet: None, capsys: pytest.CaptureFixture[str]):
+    assert run("poet") == 0
+    assert capsys.readouterr() == ("".join(VERSE) + "\n", f"{len(''.join(VERSE))} letters\n")
+
+
+def test_with_json_no_text_is_streamed(poet: None, capsys: pytest.CaptureFixture[str]):
+    assert run("poet", "--json") == 0
+    said = capsys.readouterr()
+    assert (json.loads(said.out), said.err) == ({"letters": len("".join(VERSE))}, "")
+
+
+def test_a_terminal_shows_the_text_above_a_line_that_tells_how_far_it_is(poet: None, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TERM", "xterm")
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    monkeypatch.setattr("os.get_terminal_size", lambda descriptor: (30, 10))
+    monkeypatch.setattr("partwise.cli.SECONDS_BETWEEN_LINES", 0.0)
+    assert run("poet") == 0
+    text, status = capfd.readouterr()
+    assert text == "a rose is a rose \ufffd[2J\nis\n"  # a model must not be able to clear the screen
+    assert status.startswith("\n\x1b[1A\x1b7\x1b[1;9r\x1b8")  # lines 1 to 9 scroll
+    lines = re.findall(r"\x1b7\x1b\[10;1H\x1b\[2m([^\x1b]*)\x1b\[0m\x1b\[K\x1b8", status)
+    assert lines[0] == "reciting  1 of 6  at 'a rose'"
+    assert len(lines) == len(VERSE)
+    assert max(map(len, lines)) == 29
+    assert status.endswith(f"\x1b7\x1b[r\x1b[10;1H\x1b[K\x1b8{len(''.join(VERSE))} letters\n")  # all lines scroll again
+
+
+def test_the_line_of_a_terminal_follows_its_height_and_is_taken_away_after_a_failure(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    sizes = iter([(80, 24), (80, 24), (80, 12), (80, 1)])
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr("os.get_terminal_size", lambda descriptor: next(sizes))
+    with pytest.raises(KeyboardInterrupt), status_line() as report:
+        for phase in ("one", "two", "three", "four"):
+            report(phase, 0, 1, "")
+        raise KeyboardInterrupt
+    said = capfd.readouterr().err
+    assert re.findall(r"\x1b\[1;(\d+)r", said) == ["23", "11"]
+    assert "four" not in said  # a window of one line has no room for it
+    assert said.endswith("\x1b[r\x1b[12;1H\x1b[K\x1b8")
+
+
+def test_no_status_line_without_a_terminal_or_on_one_that_cannot_move_its_cursor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    with status_line() as report:
+        report("reciting", 1, 2, "")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "dumb")
+    with status_line() as report:
+        report("reciting", 1, 2, "")
+    assert capsys.readouterr() == ("", "")
 
 
 def test_the_command_line_knows_no_room():

@@ -8,6 +8,8 @@ import importlib.util
 import logging
 import os
 import sys
+import time
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ from partwise import ROOMS, __version__
 from partwise.checks import InputError, PartwiseError, check_choice
 
 if TYPE_CHECKING:
-    from partwise.commands import Report
+    from partwise.commands import Command, Report
 
 HELP = """\
 partwise works by parts: it cuts a model or a matrix into parts, works on them independently, puts them back together, and keeps the
@@ -39,6 +41,7 @@ USAGE = (
     ("list [ROOM]", "methods that exist, by room"),
     ("doctor", "versions, devices, optional libraries, disk space"),
 )
+SECONDS_BETWEEN_LINES = 0.1  # of a status line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,22 +94,58 @@ def room_command(room: str, arguments: list[str]) -> int:
     if isinstance(command, str):
         print(command, end="")
         return 0
-    with quiet_libraries(), only_json(command.json), progress_bar(shown=not command.json) as report:
-        try:
-            result = command.work(report)
-        except Stopped:
-            print(f"\nstopped; what was done is saved. Go on with:\n  {command.resume}", file=sys.stderr)
-            return 130
+    streams = command.stream is not None and not command.json
+    try:
+        with quiet_libraries(), only_json(command.json):
+            result = streamed(command) if streams else worked(command)
+    except Stopped:
+        print(f"\nstopped; what was done is saved. Go on with:\n  {command.resume}", file=sys.stderr)
+        return 130
     if command.json:
         print_json(result)
         return 0
     from rich.console import Console
     from rich.text import Text
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, stderr=streams)
     for part in command.show(result):
         console.print(part, soft_wrap=isinstance(part, str | Text))  # a path that was broken cannot be copied
     return 0
+
+
+def worked(command: Command) -> dict[str, Any]:
+    """Do what a command does, under a bar that shows how far it is."""
+    with progress_bar(shown=not command.json) as report:
+        return command.work(report)
+
+
+def streamed(command: Command) -> dict[str, Any]:
+    """Do what a command does that hands on text, above a line that shows how far it is. The text ends with a line break, whatever happens."""
+    last = "\n"
+
+    def write(text: str) -> None:
+        nonlocal last
+        if text:
+            sys.stdout.write(as_shown(text) if sys.stdout.isatty() else text)
+            sys.stdout.flush()
+            last = text[-1]
+
+    assert command.stream is not None
+    with status_line() as report:
+        try:
+            return command.stream(report, write)
+        finally:
+            if last != "\n":
+                write("\n")
+
+
+def as_shown(text: str) -> str:
+    r"""Text that a terminal shows and does not obey: control characters, which could move the cursor or worse, become a sign that something was there.
+
+    >>> as_shown("\x1b[31mred\n").encode("ascii", "replace")
+    b'?[31mred\n'
+    """
+    return "".join("\ufffd" if unicodedata.category(letter) == "Cc" and letter not in "\n\t" else letter for letter in text)
 
 
 def report_command(arguments: list[str]) -> int:
@@ -205,6 +244,44 @@ def progress_bar(*, shown: bool) -> Iterator[Report]:
             progress.update(task, description=phase, completed=done, total=total, note=note)
 
         yield report
+
+
+@contextlib.contextmanager
+def status_line() -> Iterator[Report]:
+    """The last line of the terminal, kept free of what is printed meanwhile, for a job to report to; nothing where no terminal is attached.
+
+    A bar would be torn apart by text that ends in the middle of a line, so the lines above become the part of the terminal that scrolls.
+    """
+    if not sys.stderr.isatty() or os.environ.get("TERM", "dumb") == "dumb":
+        yield lambda phase, done, total, note: None
+        return
+    height, drawn, last = 0, 0.0, ""
+
+    def say(sequence: str) -> None:
+        sys.stderr.write(f"\x1b7{sequence}\x1b8")  # the cursor is where it was
+        sys.stderr.flush()
+
+    def report(phase: str, done: int, total: int, note: str) -> None:
+        nonlocal height, drawn, last
+        now = time.monotonic()
+        if now - drawn < SECONDS_BETWEEN_LINES and phase == last and done != total:
+            return
+        columns, lines = os.get_terminal_size(sys.stderr.fileno())
+        if lines < 2:
+            return
+        drawn, last = now, phase
+        if lines != height:  # at the start, and when the window changed
+            sys.stderr.write("\n\x1b[1A" if not height else "")  # room below, where the cursor was on the last line
+            height = lines
+            say(f"\x1b[1;{lines - 1}r")
+        words = f"{phase}  {done:,} of {total:,}  {note}" if total > 1 else f"{phase}  {note}"
+        say(f"\x1b[{lines};1H\x1b[2m{words[: columns - 1]}\x1b[0m\x1b[K")
+
+    try:
+        yield report
+    finally:
+        if height:
+            say(f"\x1b[r\x1b[{height};1H\x1b[K")
 
 
 def print_json(value: dict[str, Any]) -> None:

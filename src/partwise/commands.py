@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["Command", "Report"]
+__all__ = ["Command", "Report", "Write"]
 
 Report = Callable[[str, int, int, str], None]
+Write = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +38,14 @@ class Command:
     json : bool
         Whether to print the object instead.
     resume : str
-        The command that goes on when this one was stopped.
+        The command that goes on when this one was stopped; empty where nothing can go on.
+    stream : callable, optional
+        For a command whose result is text that comes bit by bit: does the same as ``work``, and hands each piece to its second argument, which puts it on
+        standard output. Called instead of ``work`` unless ``json`` is set; what ``show`` gives then goes to standard error, and the output is the text alone.
     """
 
     work: Callable[[Report], dict[str, Any]]
     show: Callable[[Mapping[str, Any]], Iterable[RenderableType]]
     json: bool = False
     resume: str = ""
+    stream: Callable[[Report, Write], dict[str, Any]] | None = None
