@@ -1,0 +1,107 @@
+"""serve: generation in a fixed memory.
+
+- ``scissorhands`` - keep the tokens that recent queries look at - arXiv:2305.17118
+- ``streaming-llm`` - keep the first four and the last tokens; a baseline - arXiv:2309.17453
+- ``h2o`` - keep the tokens with the most attention so far; a baseline - arXiv:2306.14048
+- ``tova`` - keep the tokens that the last query looks at; a baseline - arXiv:2401.06104
+- ``snapkv`` - keep what the last queries look at, with its neighbours; a baseline - arXiv:2404.14469
+- ``key-norm`` - keep the tokens with the shortest keys; a baseline - arXiv:2406.11430
+- ``sliding-window`` - keep the last tokens; a baseline - arXiv:2004.05150
+- ``random-tokens`` - keep a random sample; a baseline - Vitter 1985
+- ``domain-router`` - choose among models by the hidden states of a prompt - arXiv:2504.16871
+
+``model.generate(**inputs, past_key_values=ScissorhandsCache(model, budget=256))`` is all there is to it; `attached` is for code that makes its own cache;
+`persistence_ratio` and `allocate_budgets` measure how much of a budget each layer needs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from partwise.serve.cache import BudgetedCache, CacheReport, attached
+    from partwise.serve.domain_router import DomainRouter
+    from partwise.serve.h2o import H2O, H2OCache
+    from partwise.serve.key_norm import KeyNorm, KeyNormCache
+    from partwise.serve.persistence import Persistence, allocate_budgets, persistence_ratio
+    from partwise.serve.random_tokens import RandomTokens, RandomTokensCache
+    from partwise.serve.scissorhands import Scissorhands, ScissorhandsCache
+    from partwise.serve.sliding_window import SlidingWindow, SlidingWindowCache
+    from partwise.serve.snapkv import SnapKV, SnapKVCache
+    from partwise.serve.streaming_llm import StreamingLLM, StreamingLLMCache
+    from partwise.serve.tova import TOVA, TovaCache
+
+__all__ = [
+    "H2O",
+    "METHODS",
+    "TOVA",
+    "BudgetedCache",
+    "CacheReport",
+    "DomainRouter",
+    "H2OCache",
+    "KeyNorm",
+    "KeyNormCache",
+    "Persistence",
+    "RandomTokens",
+    "RandomTokensCache",
+    "Scissorhands",
+    "ScissorhandsCache",
+    "SlidingWindow",
+    "SlidingWindowCache",
+    "SnapKV",
+    "SnapKVCache",
+    "StreamingLLM",
+    "StreamingLLMCache",
+    "TovaCache",
+    "allocate_budgets",
+    "attached",
+    "persistence_ratio",
+]
+
+METHODS = {
+    "scissorhands": "partwise.serve.scissorhands:Scissorhands",
+    "streaming-llm": "partwise.serve.streaming_llm:StreamingLLM",
+    "h2o": "partwise.serve.h2o:H2O",
+    "tova": "partwise.serve.tova:TOVA",
+    "snapkv": "partwise.serve.snapkv:SnapKV",
+    "key-norm": "partwise.serve.key_norm:KeyNorm",
+    "sliding-window": "partwise.serve.sliding_window:SlidingWindow",
+    "random-tokens": "partwise.serve.random_tokens:RandomTokens",
+    "domain-router": "partwise.serve.domain_router:DomainRouter",
+}
+_HOMES = {
+    "BudgetedCache": "cache",
+    "CacheReport": "cache",
+    "DomainRouter": "domain_router",
+    "H2O": "h2o",
+    "H2OCache": "h2o",
+    "KeyNorm": "key_norm",
+    "KeyNormCache": "key_norm",
+    "Persistence": "persistence",
+    "RandomTokens": "random_tokens",
+    "RandomTokensCache": "random_tokens",
+    "Scissorhands": "scissorhands",
+    "ScissorhandsCache": "scissorhands",
+    "SlidingWindow": "sliding_window",
+    "SlidingWindowCache": "sliding_window",
+    "SnapKV": "snapkv",
+    "SnapKVCache": "snapkv",
+    "StreamingLLM": "streaming_llm",
+    "StreamingLLMCache": "streaming_llm",
+    "TOVA": "tova",
+    "TovaCache": "tova",
+    "allocate_budgets": "persistence",
+    "attached": "cache",
+    "persistence_ratio": "persistence",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

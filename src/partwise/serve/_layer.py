@@ -1,0 +1,485 @@
+"""One layer of a cache with a budget: it adds tokens, lets the model attend to them, notes what was looked at, and lets tokens go.
+
+Attention comes first and eviction after it, so the token that exceeds the budget still sees everything. Heads keep different tokens but equally many in
+each row of a batch, so that one mask of real slots serves all heads and every kernel.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from partwise.checks import InputError, RunError
+from partwise.serve._plain_store import PlainStore
+from partwise.serve._slots import Slots
+from partwise.serve.rule import Cached, EvictionRule, Limits, Observation
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from partwise.serve._packed_store import PackedStore
+
+    Store = PlainStore | PackedStore
+
+__all__ = ["BudgetedLayer", "Shared"]
+
+MARK = "_partwise_layer"  # on the keys that `update` returns: it leads the attention function back to the layer
+FEW, SELDOM = 8, 32  # rules that drop fewer tokens at a time have the kept attention measured at one of so many evictions
+
+
+@dataclass
+class Shared:
+    """What the layers of one cache know together.
+
+    Parameters
+    ----------
+    config : Any
+        Configuration of the model's decoder.
+    modules : WeakSet
+        Modules of the model: attention of another one is refused.
+    mask_width : int or None
+        Columns of the mask that the model made for the present call.
+    """
+
+    config: Any
+    modules: weakref.WeakSet[Any]
+    mask_width: int | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
+        """A copied cache serves the same model."""
+        return memo.setdefault(id(self), Shared(self.config, self.modules, self.mask_width))
+
+
+class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]
+    """Keys and values of one layer, never more than ``budget`` tokens a head between two calls.
+
+    Parameters
+    ----------
+    rule : EvictionRule
+        Which tokens leave.
+    limits : Limits
+        The budget, and what the rule makes of it.
+    pinned : tuple of int
+        Numbers of tokens, counted from the start of a row, that never leave.
+    make_store : callable
+        Makes an empty store of keys and values.
+    score_chunk : int
+        Queries that are scored at once.
+    shared : Shared
+        What the layers of one cache know together.
+    """
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(
+        self, rule: EvictionRule, limits: Limits, *, pinned: tuple[int, ...], make_store: Callable[[], Store], score_chunk: int, shared: Shared
+    ) -> None:
+        self.rule, self.limits, self.budget = rule, limits, limits.budget
+        self.pinned, self.score_chunk, self.shared = pinned, score_chunk, shared
+        self._make_store = make_store
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.store: Store | None = None
+        self.is_initialized = False
+        self.seen = 0
+        """Columns that passed, padding included"""
+        self.evictions = 0
+        self.largest = 0
+        self.mass: Tensor | None = None
+        self.num_masses = 0
+        self.positions, self.record = Slots(self.budget + 1), Slots(self.budget + 1)
+        self._real: Tensor | None = None
+        self._longest = 0
+        self._tokens: Tensor | None = None
+        self._observed: Tensor | None = None
+        self._queries: list[Tensor] = []
+        self._scale: tuple[float, float | None] = (1.0, None)
+        self._waiting = self._broken = False
+
+    # What transformers asks ---------------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        """Keys of the cached tokens, (batch, kv_heads, slots, dim)."""
+        return None if self.store is None else self.store.read()[0]
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        """Values of the cached tokens, (batch, kv_heads, slots, dim)."""
+        return None if self.store is None else self.store.read()[1]
+
+    @property
+    def num_slots(self) -> int:
+        """Slots in use."""
+        return 0 if self.store is None else self.store.num_slots
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make the store, when the first tokens come."""
+        self.store = self._make_store()
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._tokens = torch.zeros(key_states.shape[0], dtype=torch.int64, device=self.device)
+        self._observed = torch.zeros_like(self._tokens)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add tokens and return all keys and values; the attention function must find its way back here."""
+        if self._broken or self._waiting:
+            raise self._lost()
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.store is not None
+        assert self._tokens is not None
+        if key_states.shape[0] != len(self._tokens):
+            raise InputError(
+                "cache-batch-size",
+                f"got a batch of {key_states.shape[0]} rows for a cache that holds {len(self._tokens)}, expected as many. "
+                "Call cache.reset(), or make a cache for each batch size.",
+            )
+        self.store.append(key_states, value_states)
+        self._waiting = True
+        keys, values = self.store.read()
+        setattr(keys, MARK, self)
+        return keys, values
+
+    def _lost(self) -> RunError:
+        name = self.shared.config._attn_implementation
+        if self._broken:
+            return RunError(
+                "cache-interrupted", "got a cache whose last call failed half-way, expected a whole one. Call cache.reset() and start anew."
+            )
+        return RunError(
+            "attention-not-attached",
+            f"the attention of the last call did not come back to the cache: the implementation is {name!r}, expected one that begins with 'partwise_'. "
+            "Make the cache after the model's attention is set, do not set it afterwards, and do not compile the model.",
+        )
+
+    def get_seq_length(self) -> int:
+        """Tokens that passed, padding included; not the slots."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Width of a mask, and number of columns that are gone: the last columns always stand for the new tokens."""
+        return self.num_slots + query_length, self.seen - self.num_slots
+
+    def get_max_length(self) -> int:
+        """-1: any length may pass."""
+        return -1
+
+    @property
+    def batch_size(self) -> int:
+        """Rows, or -1 before the first call."""
+        return -1 if self._tokens is None else len(self._tokens)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse to go back, except by nothing."""
+        if tokens_to_remove != 0:
+            raise InputError(
+                "cache-no-crop",
+                f"got crop({tokens_to_remove}), expected no step back: tokens that left a cache with a budget cannot return. "
+                "Do not use assisted decoding or prompt lookup (assistant_model, prompt_lookup_num_tokens) with this cache.",
+            )
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow the beams."""
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows of the batch."""
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().flatten()
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row so many times."""
+        if self.is_initialized:
+            self._select(torch.arange(self.batch_size, device=self.device).repeat_interleave(repeats))
+
+    def _select(self, rows: Tensor) -> None:
+        if self.store is None or self._tokens is None or self._observed is None:
+            return
+        rows = rows.to(self.device)
+        self.store.select_rows(rows)
+        self.positions.select_rows(rows)
+        if self.rule.channels:
+            self.record.select_rows(rows)
+        self._tokens, self._observed = self._tokens[rows], self._observed[rows]
+        self._real = None if self._real is None else self._real[rows]
+        self._queries = [query[rows] for query in self._queries]
+
+    def offload(self) -> None:
+        """Move to the memory of the host."""
+        self._move("cpu")
+
+    def prefetch(self) -> None:
+        """Move back."""
+        if self.is_initialized:
+            self._move(self.device)
+
+    def _move(self, device: torch.device | str) -> None:
+        if self.store is None:
+            return
+        self.store.to(device)
+        self.positions.to(device)
+        self.record.to(device)
+        self._queries = [query.to(device) for query in self._queries]
+        self._tokens, self._observed, self._real = (
+            None if tensor is None else tensor.to(device) for tensor in (self._tokens, self._observed, self._real)
+        )
+
+    # One call -----------------------------------------------------------------------------------------------------------------------------------------
+
+    def attend(self, base: Callable[..., Any], kernel: str, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+        """What the model's attention returns for the tokens that `update` added; then notes and evicts."""
+        self._waiting, self._broken = False, True
+        self._check_caller(module, mask)
+        self._add_notes(_real_tokens(mask, query.shape[2]), key[:, :, -query.shape[2] :])
+        output = base(module, query, key, value, self._mask(mask, query, kernel), **kwargs)
+        scaling = kwargs.get("scaling")
+        self._scale = (query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"))
+        with torch.no_grad():
+            self._watch(query.detach())
+            if self._longest > self.budget:
+                self._evict(query.detach()[:, :, -1:])
+            assert self.store is not None
+            self.store.settle()
+        self.largest = max(self.largest, self.num_slots)
+        self._broken = False
+        return output
+
+    def _check_caller(self, module: Any, mask: Any) -> None:
+        if module not in self.shared.modules:
+            raise InputError(
+                "cache-other-model",
+                f"got {type(module).__name__} of another model, expected the one that the cache was made for. Make another cache.",
+            )
+        if self.evictions and mask is not None and mask.ndim == 4 and mask.shape[-1] != self.shared.mask_width:
+            raise InputError(
+                "cache-custom-mask",
+                f"got a mask of {mask.shape[-1]} columns for {self.num_slots} cached tokens, expected none of your own once tokens have left: "
+                "its columns mean nothing any more. Pass a mask of shape (batch, tokens), or none.",
+            )
+
+    def _add_notes(self, real: Tensor | None, new_keys: Tensor) -> None:
+        """Number the new tokens and start their records."""
+        assert self._tokens is not None
+        batch, heads, new, _ = new_keys.shape
+        before, real = self._real, None if real is None else real.expand(batch, new)
+        if real is None:
+            positions = self._tokens[:, None] + torch.arange(new, device=new_keys.device)  # (batch, new)
+            self._tokens = self._tokens + new
+        else:
+            positions = (self._tokens[:, None] + real.cumsum(dim=1) - 1).masked_fill(~real, -1)
+            self._tokens = self._tokens + real.sum(dim=1)
+        old = self.num_slots - new
+        if before is not None or real is not None:
+            before = torch.ones(batch, old, dtype=torch.bool, device=new_keys.device) if before is None else before
+            real = torch.ones_like(before[:, :1]).expand(-1, new) if real is None else real
+            self._real = torch.cat([before, real], dim=1)  # (batch, slots)
+        self._longest = self.num_slots if self._real is None else int(self._real.sum(dim=1).max())
+        spread = positions.to(torch.int32)[:, None].expand(batch, heads, new)
+        self.positions.append(spread)
+        if self.rule.channels:
+            self.record.append(self.rule.initial(new_keys, spread))
+        self.seen += new
+
+    def _mask(self, mask: Any, query: Tensor, kernel: str) -> Any:
+        """The model's own mask as long as nothing has left, then one made of the slots that hold tokens."""
+        new, slots = query.shape[2], self.num_slots
+        if not self.evictions:
+            fits = new in {1, slots} if mask is None else mask.shape[-1] == slots
+            if fits:
+                return mask
+        if kernel.startswith("flash"):
+            return self._real  # its causal alignment is to the end, as needed
+        if new == 1 and self._real is None:
+            return None
+        column, row = torch.arange(slots, device=query.device), torch.arange(slots - new, slots, device=query.device)
+        visible = (column <= row[:, None])[None]  # (1, new, slots)
+        if self._real is not None:
+            visible = (visible & self._real[:, None]) | (column == row[:, None])  # padding sees itself, so that no row is empty
+        visible = visible[:, None].expand(query.shape[0], 1, new, slots)
+        if kernel == "eager":
+            return torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, torch.finfo(query.dtype).min)
+        return visible
+
+    # Noting -------------------------------------------------------------------------------------------------------------------------------------------
+
+    def _watch(self, query: Tensor) -> None:
+        """Note what these queries look at, if they are near enough to an eviction. Single ones wait until there are some to be scored together."""
+        new, horizon = query.shape[2], self.rule.horizon
+        due = max(self.budget + 1 - self._longest, 0)
+        num_watched = new if horizon is None else min(new, horizon - due)
+        if num_watched <= 0:
+            return
+        if new == 1:
+            self._queries.append(query.clone())
+            if len(self._queries) >= self.score_chunk:
+                self._flush()
+            return
+        self._flush(self.num_slots - new)
+        for start in range(new - num_watched, new, self.score_chunk):
+            chunk = query[:, :, start : start + self.score_chunk]
+            self._score(chunk, self.num_slots - new + start + chunk.shape[2])
+
+    def _flush(self, end: int | None = None) -> None:
+        if self._queries:
+            self._score(torch.cat(self._queries, dim=2), self.num_slots if end is None else end)
+            self._queries = []
+
+    def _logits(self, query: Tensor, end: int) -> Tensor:
+        """Products of queries with the keys of the first slots, (batch, kv_heads, group, queries, slots)."""
+        assert self.store is not None
+        keys = self.store.read()[0][:, :, :end]
+        (batch, heads, new, dim), kv_heads = query.shape, keys.shape[1]
+        scaling, softcap = self._scale
+        grouped = (query.to(torch.float32) * scaling).reshape(batch, kv_heads, heads // kv_heads * new, dim)
+        logits = grouped @ keys.to(torch.float32).transpose(-1, -2)
+        if softcap is not None:
+            logits = (logits / softcap).tanh_() * softcap
+        return logits.view(batch, kv_heads, heads // kv_heads, new, end)
+
+    def _score(self, query: Tensor, end: int) -> None:
+        """Show the rule what queries look at; the last of them belongs to slot ``end - 1``."""
+        assert self._tokens is not None
+        assert self._observed is not None
+        logits, device, new = self._logits(query, end), query.device, query.shape[2]
+        own = torch.arange(end - new, end, device=device)  # (queries,)
+        visible = None
+        if new > 1:
+            visible = (torch.arange(end, device=device) <= own[:, None])[None]  # (1, queries, slots)
+        if self._real is None:
+            num_visible = (own + 1).expand(query.shape[0], new)  # (batch, queries)
+            filled = torch.full_like(self._tokens, self.num_slots)
+        else:
+            visible = self._real[:, None, :end] if visible is None else visible & self._real[:, None, :end]
+            num_visible = self._real[:, :end].cumsum(dim=1)[:, -new:]
+            filled = self._real.sum(dim=1)
+        if visible is not None:
+            logits.masked_fill_(~visible[:, None, None], -torch.inf)
+        counted = torch.ones(num_visible.shape, device=device) if self._real is None else self._real[:, end - new : end].to(torch.float32)
+        if self.rule.horizon is not None:
+            due = filled.clamp(min=self.budget + 1)[:, None] - num_visible
+            counted = counted * (due < self.rule.horizon)
+        step = (self._tokens - filled)[:, None] + num_visible
+        seen = Observation(logits, visible, num_visible.to(torch.float32), counted, step, self._observed)
+        record = self.record.values[:, :, :end]
+        record.copy_(self.rule.observe(record, seen, self.limits))
+        self._observed = step[:, -1]
+
+    # Evicting -----------------------------------------------------------------------------------------------------------------------------------------
+
+    def _evict(self, query: Tensor) -> None:
+        """Let the most dispensable tokens of full rows go."""
+        assert self.store is not None
+        self._flush()
+        positions = self.positions.values  # (batch, kv_heads, slots)
+        badness = self._guard(self.rule.badness(Cached(self.record.values if self.rule.channels else positions[..., None], positions), self.limits))
+        weights = self._weights(query) if self.limits.drop >= FEW or self.evictions % SELDOM == 0 else None
+        self.evictions += 1
+        if self._real is None and self.limits.drop == 1 and self.num_slots == self.budget + 1 and isinstance(self.store, PlainStore):
+            self._drop_one(badness, weights)
+            return
+        kept, vacant = self._choose(badness)
+        self.store.keep(kept)
+        self.positions.keep(kept)
+        if self.rule.channels:
+            self.record.keep(kept)
+        if weights is not None:
+            index = kept[:, :, None].expand(*weights.shape[:3], kept.shape[2])
+            present = weights.gather(3, index) if vacant is None else weights.gather(3, index).masked_fill(vacant[:, None, None], 0.0)
+            self._add_mass(present.sum(dim=3))
+        if vacant is not None:
+            self.positions.values.masked_fill_(vacant[:, None], -1)
+        self._real = None if vacant is None else ~vacant
+        self._longest = self.num_slots
+
+    def _guard(self, badness: Tensor) -> Tensor:
+        """Tokens that must stay are the best, empty slots the worst."""
+        assert self._tokens is not None
+        positions = self.positions.values
+        stays = positions >= (self._tokens - self.limits.recent)[:, None, None]
+        if self.rule.num_sinks:
+            stays |= positions < self.rule.num_sinks
+        if self.pinned:
+            stays |= torch.isin(positions, torch.tensor(self.pinned, dtype=positions.dtype, device=positions.device))
+        badness = badness.masked_fill(stays, -torch.inf)
+        return badness if self._real is None else badness.masked_fill(positions < 0, torch.inf)
+
+    def _choose(self, badness: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Slots to keep, (batch, kv_heads, kept), and which of them are empty from now on, (batch, kept): the first ones of short rows."""
+        positions, slots = self.positions.values, self.num_slots
+        filled = torch.full_like(self._tokens, slots) if self._real is None else self._real.sum(dim=1)  # type: ignore[arg-type]
+        leave = (filled - self.budget).clamp(min=self.limits.drop)
+        stay = torch.where(filled > self.budget, filled - leave, filled)  # (batch,)
+        if self.rule.channels and self.rule.forgets(self.limits):
+            self.record.values.masked_fill_((filled > self.budget)[:, None, None, None], 0)
+        width = int(stay.max())
+        oldest = positions.argsort(dim=-1, stable=True)
+        order = oldest.gather(-1, badness.gather(-1, oldest).sort(dim=-1, descending=True, stable=True).indices)  # worst first
+        chosen = order[..., slots - width :]
+        vacant = torch.arange(width, device=stay.device) < (width - stay)[:, None]  # (batch, kept)
+        if not bool(vacant.any()):
+            return chosen.sort(dim=-1).values, None
+        in_order = chosen.masked_fill(vacant[:, None], -1).sort(dim=-1, stable=True).indices
+        return chosen.gather(-1, in_order), vacant
+
+    def _drop_one(self, badness: Tensor, weights: Tensor | None) -> None:
+        """One token leaves every head, and the newest takes its slot."""
+        assert isinstance(self.store, PlainStore)
+        positions = self.positions.values
+        worst = badness == badness.amax(dim=-1, keepdim=True)
+        slot = positions.masked_fill(~worst, torch.iinfo(positions.dtype).max).argmin(dim=-1, keepdim=True)  # (batch, kv_heads, 1)
+        if weights is not None:
+            self._add_mass(1.0 - weights.gather(3, slot[:, :, None].expand(*weights.shape[:3], 1))[..., 0])
+        self.store.swap_out(slot)
+        self.positions.swap_out(slot)
+        if self.rule.channels:
+            self.record.swap_out(slot)
+            if self.rule.forgets(self.limits):
+                self.record.values.zero_()
+        self._longest = self.num_slots
+
+    def _weights(self, query: Tensor) -> Tensor:
+        """Attention of the last query, (batch, kv_heads, group, slots)."""
+        logits = self._logits(query, self.num_slots)[:, :, :, 0]
+        if self._real is not None:
+            logits = logits.masked_fill(~self._real[:, None, None], -torch.inf)
+        return logits.softmax(dim=-1).nan_to_num(0.0)
+
+    def _add_mass(self, mass: Tensor) -> None:
+        mean = mass.mean()
+        self.mass = mean if self.mass is None else self.mass + mean
+        self.num_masses += 1
+
+    # What it costs ------------------------------------------------------------------------------------------------------------------------------------
+
+    def tokens_of_row(self, row: int) -> int:
+        """Tokens of a row that passed, without padding."""
+        return 0 if self._tokens is None else int(self._tokens[row])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors held: keys, values, and what is noted about them."""
+        if self.store is None:
+            return 0
+        notes = self.positions.nbytes + self.record.nbytes + sum(query.untyped_storage().nbytes() for query in self._queries)
+        return self.store.nbytes + notes + (0 if self._real is None else self._real.nbytes)
+
+
+def _real_tokens(mask: Any, new: int) -> Tensor | None:
+    """Which of the new tokens are no padding, (batch, new), bool; None: all. A query sees itself, so the diagonal says it."""
+    if mask is None:
+        return None
+    own = mask[:, -new:] if mask.ndim == 2 else mask[:, 0, :, -new:].diagonal(dim1=1, dim2=2)
+    real: Tensor = own > torch.finfo(own.dtype).min / 2 if own.dtype.is_floating_point else own.bool()
+    return None if bool(real.all()) else real

@@ -1,0 +1,434 @@
+"""A key-value cache that keeps to a budget: for ``model.generate(past_key_values=...)``, with any rule of this room."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
+
+from partwise.checks import InputError, check_choice
+from partwise.ledger import Ledger, Part
+from partwise.serve._attention import _unsupported, attach, detach, probe
+from partwise.serve._layer import BudgetedLayer, Shared
+from partwise.serve._packed_store import PackedStore
+from partwise.serve._plain_store import PlainStore
+from partwise.serve.rule import EvictionRule, Limits
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["BudgetedCache", "CacheReport", "LayerReport", "attached"]
+
+OWN_WINDOW = {"sliding_attention", "chunked_attention", "linear_attention", "conv"}  # layers whose memory is bounded already
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer of a cache.
+
+    Parameters
+    ----------
+    index : int
+        Number of the layer in the model.
+    budget : int or None
+        Tokens per row and head; None for a layer that bounds itself.
+    slots : int
+        Tokens cached now, per row and head.
+    bytes, bytes_full : int
+        Bytes held now, and those of keys and values of all tokens that passed, in the model's dtype.
+    evictions : int
+        How often tokens were let go.
+    mass_kept : float or None
+        Share of its attention that the last query before an eviction had on the tokens that stayed, mean over the evictions where it was measured.
+    """
+
+    index: int
+    budget: int | None
+    slots: int
+    bytes: int
+    bytes_full: int
+    evictions: int
+    mass_kept: float | None
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """What a cache holds and what it let go.
+
+    Parameters
+    ----------
+    layers : tuple of LayerReport
+        In the order of the model.
+    bytes, bytes_full : int
+        Bytes of all tensors held now, notes about tokens included, and those of a full cache after as many tokens.
+    max_bytes : int
+        Bytes that layers with a budget never exceed between two calls, for this number of rows.
+    tokens_seen : int
+        Tokens that passed, padding included.
+    evictions : int
+        Sum over the layers.
+    mass_kept : float or None
+        Mean over the layers.
+    """
+
+    layers: tuple[LayerReport, ...]
+    bytes: int
+    bytes_full: int
+    max_bytes: int
+    tokens_seen: int
+    evictions: int
+    mass_kept: float | None
+
+
+class BudgetedCache(Cache):  # type: ignore[misc]
+    """A cache that holds at most ``budget`` tokens per layer, row and key head, however long the text gets.
+
+    Pass it as ``past_key_values`` to ``model.generate`` or to the model. One cache may serve several calls one after the other, as turns of a
+    conversation; `reset` empties it. Keys stay as they were rotated, so distances between tokens stay true.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The model that will use the cache. Its attention is set to a wrapped one of the same kind, which changes nothing else; see `attached`.
+    rule : EvictionRule
+        Which tokens leave.
+    budget : int or sequence of int
+        Tokens that stay, for all layers or for each layer with full attention.
+    pinned : int or sequence of int
+        Tokens that never leave: so many first ones, or these, counted from the start of each row without padding.
+    bits : 4, 8 or None
+        Store all but the last tokens in so many bits; None: as they come.
+    residual : int
+        Tokens that are not packed yet, with ``bits``; they never leave either.
+    score_chunk : int
+        Queries that are scored at once. More is faster and takes more memory.
+
+    Raises
+    ------
+    InputError
+        When the model cannot have such a cache, or the budget is too small for what must stay.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        rule: EvictionRule,
+        *,
+        budget: int | Sequence[int],
+        pinned: int | Sequence[int] = (),
+        bits: Literal[4, 8] | None = None,
+        residual: int = 16,
+        score_chunk: int = 16,
+    ) -> None:
+        config = _decoder_config(model)
+        types, settings = get_layer_types_and_kwargs(config)
+        _check_types(type(model).__name__, types)
+        self.rule, self.bits, self.residual, self.score_chunk = rule, bits, residual, score_chunk
+        self._dtype = model.dtype
+        self.pinned = _pinned(pinned)
+        self.budget = _budgets(budget, types.count("full_attention"))
+        self._check_settings(config)
+        self._shared = Shared(config, weakref.WeakSet(model.modules()))
+        budgets = iter(self.budget)
+        super().__init__(
+            layers=[
+                self._layer(next(budgets)) if kind == "full_attention" else DYNAMIC_LAYER_TYPE_MAPPING[kind](**setting)
+                for kind, setting in zip(types, settings, strict=True)
+            ]
+        )
+        attach(model)
+        probe(model, self)
+        self.reset()
+
+    def _layer(self, budget: int) -> BudgetedLayer:
+        return BudgetedLayer(
+            self.rule,
+            self._limits(budget),
+            pinned=self.pinned,
+            make_store=self._store_maker(budget),
+            score_chunk=self.score_chunk,
+            shared=self._shared,
+        )
+
+    def _limits(self, budget: int) -> Limits:
+        """Tokens that are not packed yet may not leave either."""
+        limits = self.rule.limits(budget)
+        return limits if self.bits is None else replace(limits, recent=max(limits.recent, self.residual))
+
+    def _store_maker(self, budget: int) -> Callable[[], Any]:
+        if self.bits is None:
+            return lambda: PlainStore(budget)
+        bits, residual = self.bits, self.residual
+        return lambda: PackedStore(bits, residual, budget=budget)
+
+    def _check_settings(self, config: Any) -> None:
+        if self.bits not in {None, 4, 8}:
+            raise InputError(
+                "bad-cache-setting", f"got bits={self.bits!r}, expected 4, 8 or None. Leave it out to store keys and values as they come."
+            )
+        if self.score_chunk < 1 or self.residual < 0:
+            raise InputError(
+                "bad-cache-setting",
+                f"got score_chunk={self.score_chunk} and residual={self.residual}, expected at least 1 and at least 0. Leave them out.",
+            )
+        dim = _head_dim(config)
+        if self.bits is not None and dim % 32:
+            raise InputError(
+                "cache-head-dim", f"got heads of {dim} dimensions with bits={self.bits}, expected a multiple of 32 to pack in groups. Leave bits out."
+            )
+        for budget in self.budget:
+            limits = self._limits(budget)
+            kept = len({*self.pinned, *range(self.rule.num_sinks)})
+            least = limits.recent + kept + limits.drop + 1
+            if budget < least or limits.drop >= budget:
+                raise InputError(
+                    "cache-budget",
+                    f"got a budget of {budget} tokens, expected at least {least}: {limits.recent} recent, {kept} pinned, and {limits.drop} that may leave at once. "
+                    "Raise budget, or lower recent, num_sinks, pinned or drop.",
+                )
+
+    def __repr__(self) -> str:
+        """How the cache was made, without the model."""
+        budget = self.budget[0] if len(set(self.budget)) == 1 else list(self.budget)
+        return f"{type(self).__name__}(model, {self.rule!r}, budget={budget}, pinned={list(self.pinned)}, bits={self.bits})"
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """As transformers asks; noted, to tell its masks from a user's."""
+        sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
+        if isinstance(self.layers[layer_idx], BudgetedLayer):
+            self._shared.mask_width = sizes[0]
+        return sizes
+
+    @property
+    def budgeted(self) -> list[BudgetedLayer]:
+        """Layers with a budget, in order."""
+        return [layer for layer in self.layers if isinstance(layer, BudgetedLayer)]
+
+    @property
+    def seen(self) -> int:
+        """Tokens that passed, padding included."""
+        return self.budgeted[0].seen
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors held now."""
+        return sum(_bytes_of(layer) for layer in self.layers)
+
+    def kept_positions(self, layer: int) -> Tensor:
+        """Numbers of the tokens that a layer holds, in their rows without padding.
+
+        Returns
+        -------
+        Tensor of shape (batch, kv_heads, slots), int64
+            Ascending; -1 where a slot is empty.
+        """
+        chosen = self.layers[layer]
+        if not isinstance(chosen, BudgetedLayer) or chosen.store is None:
+            raise InputError(
+                "cache-no-positions",
+                f"got layer {layer}, which holds no tokens under a budget, expected one of "
+                f"{[index for index, other in enumerate(self.layers) if isinstance(other, BudgetedLayer)]} after a call. Run the model first.",
+            )
+        return chosen.positions.values.sort(dim=-1).values.to(torch.int64)
+
+    def max_bytes(self, batch_size: int = 1, *, num_beams: int = 1) -> int:
+        """Bytes that layers with a budget never exceed between two calls of the model.
+
+        Parameters
+        ----------
+        batch_size, num_beams : int
+            Rows of a batch, and beams of each.
+        """
+        rows, config = batch_size * num_beams, self._shared.config
+        dim, kv_heads = _head_dim(config), _kv_heads(config)
+        waiting = 0 if self.rule.horizon == 0 else rows * config.num_attention_heads * dim * self._dtype.itemsize * self.score_chunk
+        total = 0
+        for budget in self.budget:
+            sizes = (rows, kv_heads, dim, self._dtype, budget)
+            total += PlainStore.bound(*sizes) if self.bits is None else PackedStore.bound(*sizes, bits=self.bits, residual=self.residual)
+            total += self._note_bytes(rows, budget + 1, kv_heads) + waiting
+        return total
+
+    def _note_bytes(self, rows: int, slots: int, kv_heads: int) -> int:
+        """Positions and records of all heads, and which slots hold tokens."""
+        per_slot = torch.int32.itemsize + self.rule.channels * self.rule.record_dtype.itemsize
+        return rows * slots * (kv_heads * per_slot + torch.bool.itemsize)
+
+    def report(self) -> CacheReport:
+        """What the cache holds now, against a full one, and what it let go."""
+        layers = tuple(self._layer_report(index, layer) for index, layer in enumerate(self.layers))
+        masses = [layer.mass_kept for layer in layers if layer.mass_kept is not None]
+        rows = max(1, self.budgeted[0].batch_size)
+        return CacheReport(
+            layers=layers,
+            bytes=sum(layer.bytes for layer in layers),
+            bytes_full=sum(layer.bytes_full for layer in layers),
+            max_bytes=self.max_bytes(rows),
+            tokens_seen=self.seen,
+            evictions=sum(layer.evictions for layer in layers),
+            mass_kept=sum(masses) / len(masses) if masses else None,
+        )
+
+    def _layer_report(self, index: int, layer: Any) -> LayerReport:
+        if not isinstance(layer, BudgetedLayer):
+            held = _bytes_of(layer)
+            return LayerReport(index, None, 0 if getattr(layer, "keys", None) is None else layer.keys.shape[-2], held, held, 0, None)
+        config = self._shared.config
+        full = max(0, layer.batch_size) * layer.seen * _kv_heads(config) * 2 * _head_dim(config) * self._dtype.itemsize
+        mass = None if layer.mass is None else float(layer.mass) / layer.num_masses
+        return LayerReport(index, layer.budget, layer.num_slots, layer.nbytes, full, layer.evictions, mass)
+
+    def ledger(self, *, row: int = 0) -> Ledger:
+        """One part for every token and layer: kept where a head still holds it, dropped where none does. The score is the share of heads that hold it."""
+        parts = []
+        for index, layer in enumerate(self.layers):
+            if not isinstance(layer, BudgetedLayer) or layer.store is None:
+                continue
+            positions = self.kept_positions(index)[row]  # (kv_heads, slots)
+            heads = torch.bincount(positions[positions >= 0], minlength=layer.tokens_of_row(row)).tolist()
+            per_head = layer.store.nbytes // max(1, layer.batch_size * len(positions) * layer.num_slots)
+            parts += [
+                Part(
+                    where=f"layer {index}",
+                    index=token,
+                    parameters=0,
+                    bytes=count * per_head,
+                    score=count / len(positions),
+                    status="kept" if count else "dropped",
+                )
+                for token, count in enumerate(heads)
+            ]
+        return Ledger(tuple(parts))
+
+
+class RuleCache(BudgetedCache):
+    """A cache whose class says the rule: `ScissorhandsCache` and its rivals.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The model that will use the cache.
+    budget, pinned, bits, residual, score_chunk
+        As for `BudgetedCache`.
+    **settings : Any
+        Fields of the rule, such as ``recent`` and ``drop``.
+    """
+
+    rule_class: ClassVar[type[EvictionRule]]
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        budget: int | Sequence[int],
+        pinned: int | Sequence[int] = (),
+        bits: Literal[4, 8] | None = None,
+        residual: int = 16,
+        score_chunk: int = 16,
+        **settings: Any,
+    ) -> None:
+        known = [field.name for field in fields(self.rule_class)]
+        for name in settings:
+            check_choice(name, known, name=f"setting of {self.rule_class.__name__}")
+        super().__init__(model, self.rule_class(**settings), budget=budget, pinned=pinned, bits=bits, residual=residual, score_chunk=score_chunk)
+
+
+@contextlib.contextmanager
+def attached(model: Any, cache: BudgetedCache | None = None) -> Iterator[Any]:
+    """Inside the block the model uses the cache although nobody passes it; afterwards nothing of it is left on the model.
+
+    For code that calls ``model.generate(...)`` or ``model(...)`` and makes its own cache or none. Without ``cache``: only put the model's attention back
+    at the end, for those who make a cache inside and want no trace of it.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The model.
+    cache : BudgetedCache, optional
+        What it is to use; made for this model.
+
+    Yields
+    ------
+    PreTrainedModel
+        The model.
+    """
+    if cache is not None:
+        attach(model)  # another block may have taken it off
+    generate = model.generate
+
+    def forward_with_cache(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return args, kwargs | {"past_key_values": cache, "use_cache": True}
+
+    def generate_with_cache(*args: Any, **kwargs: Any) -> Any:
+        return generate(*args, **kwargs | {"past_key_values": cache})
+
+    handle = None
+    try:
+        if cache is not None:
+            handle = model.register_forward_pre_hook(forward_with_cache, with_kwargs=True)
+            model.generate = generate_with_cache
+        yield model
+    finally:
+        if handle is not None:
+            handle.remove()
+            del model.generate
+        detach(model)
+
+
+def _decoder_config(model: Any) -> Any:
+    if model.config.is_encoder_decoder:
+        raise _unsupported(type(model).__name__, "it has an encoder and a decoder")
+    config = model.config.get_text_config(decoder=True)
+    if getattr(config, "kv_sharing_modes", None) is not None or getattr(config, "num_kv_shared_layers", 0):
+        raise _unsupported(type(model).__name__, "some of its layers share keys and values")
+    return config
+
+
+def _check_types(name: str, types: Sequence[str]) -> None:
+    strange = sorted(set(types) - OWN_WINDOW - {"full_attention"})
+    if strange:
+        raise _unsupported(name, f"it has layers of type {', '.join(strange)}")
+    if "full_attention" not in types:
+        raise _unsupported(
+            name, f"all its layers are of type {', '.join(sorted(set(types)))}", advice="Their memory is bounded already: use no cache of ours."
+        )
+
+
+def _pinned(pinned: int | Sequence[int]) -> tuple[int, ...]:
+    tokens = tuple(range(pinned)) if isinstance(pinned, int) else tuple(sorted({int(token) for token in pinned}))
+    if (isinstance(pinned, int) and pinned < 0) or any(token < 0 for token in tokens):
+        raise InputError(
+            "bad-cache-setting", f"got pinned={pinned}, expected how many first tokens stay, or their numbers from 0 on. Pass 0 for none."
+        )
+    return tokens
+
+
+def _budgets(budget: int | Sequence[int], num_layers: int) -> tuple[int, ...]:
+    budgets = (budget,) * num_layers if isinstance(budget, int) else tuple(budget)
+    if len(budgets) != num_layers:
+        raise InputError(
+            "cache-budget", f"got {len(budgets)} budgets, expected {num_layers}, one for each layer with full attention. Pass as many, or one number."
+        )
+    return budgets
+
+
+def _head_dim(config: Any) -> int:
+    found = getattr(config, "head_dim", None)
+    return int(found) if found else int(config.hidden_size) // int(config.num_attention_heads)
+
+
+def _kv_heads(config: Any) -> int:
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def _bytes_of(layer: Any) -> int:
+    if isinstance(layer, BudgetedLayer):
+        return layer.nbytes
+    tensors = [tensor for name in ("keys", "values") if isinstance(tensor := getattr(layer, name, None), torch.Tensor)]
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)

@@ -1,0 +1,103 @@
+"""Scissorhands: tokens that recent queries keep ignoring leave the cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from partwise.checks import check_at_least
+from partwise.serve.cache import RuleCache
+from partwise.serve.rule import EvictionRule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from partwise.serve.rule import Cached, Limits, Observation
+
+__all__ = ["Scissorhands", "ScissorhandsCache"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scissorhands(EvictionRule):
+    """Drop the tokens that got less than average attention most often in the last steps.
+
+    Attention comes back to the same tokens: one that was above the average (one over the number of tokens seen) will be again. So every step that leaves
+    a token below it is counted, over a window of recent steps, and at an eviction the highest counts leave, a good part of the cache at once. A single
+    huge weight protects nobody for ever, and a token that is new cannot have a large count.
+
+    Unlike the paper: query heads that share a key head add their counts; with a window longer than the steps between two evictions the counts are kept in
+    two halves, so that they span between half the window and all of it; and the last share of the budget that stays is larger than the paper's ten tokens
+    where ``recent`` says so.
+
+    Parameters
+    ----------
+    window : int, default=400
+        Steps that are looked back on (w in the paper).
+    recent : int or float, default=10
+        The last tokens never leave (r in the paper): their number, or their share of the budget.
+    drop : int or float, default=0.5
+        Tokens that leave at an eviction (m in the paper): their number, or their share of the budget.
+    num_sinks : int, default=0
+        So many first tokens never leave.
+
+    References
+    ----------
+    Liu, Desai, Liao, Wang, Xie, Xu, Kyrillidis, Shrivastava. Scissorhands: Exploiting the Persistence of Importance Hypothesis for LLM KV Cache
+    Compression at Test Time. arXiv:2305.17118.
+    """
+
+    window: int = 400
+    num_channels: ClassVar[int] = 2  # the present half of the window, the one before
+    record_dtype: ClassVar[torch.dtype] = torch.int16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self.window, 1, name="window")
+
+    @property
+    def horizon(self) -> int:
+        """Steps before an eviction that count."""
+        return self.window
+
+    def forgets(self, limits: Limits) -> bool:
+        """A window that ends before the last eviction never looks beyond it."""
+        return limits.drop >= self.window
+
+    def observe(self, record: Tensor, seen: Observation, limits: Limits) -> Tensor:
+        """Count the steps that left a token below the average."""
+        low = seen.below_average()  # (batch, kv_heads, group, queries, slots)
+        if self.forgets(limits):
+            return torch.stack([record[..., 0] + seen.total(low), record[..., 1]], dim=-1)
+        half = (self.window + 1) // 2
+        part = (seen.step - 1).div(half, rounding_mode="floor")  # (batch, queries)
+        newest = part.amax(dim=1)  # (batch,)
+        passed = (newest - (seen.previous_step - 1).div(half, rounding_mode="floor"))[:, None, None]
+        now, before = record.unbind(dim=-1)
+        before = torch.where(passed == 0, before, torch.where(passed == 1, now, 0))
+        now = torch.where(passed == 0, now, 0)
+        now = now + seen.weighted(low, seen.counted * (part == newest[:, None]))
+        before = before + seen.weighted(low, seen.counted * (part == newest[:, None] - 1))
+        return torch.stack([now, before], dim=-1)
+
+    def badness(self, cached: Cached, limits: Limits) -> Tensor:
+        """How often a token was ignored."""
+        return cached.record.to(torch.float32).sum(dim=-1)
+
+
+class ScissorhandsCache(RuleCache):
+    """A cache of fixed size that keeps the tokens which recent queries look at.
+
+    See `RuleCache` for its arguments; ``settings`` are the fields of `Scissorhands`.
+
+    Examples
+    --------
+    ``model.generate(**inputs, past_key_values=ScissorhandsCache(model, budget=256))``
+
+    References
+    ----------
+    arXiv:2305.17118.
+    """
+
+    rule_class = Scissorhands

@@ -1,0 +1,89 @@
+"""SnapKV: the tokens, and their neighbours, that the last queries of a prompt look at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from partwise.checks import InputError, check_at_least
+from partwise.serve.cache import RuleCache
+from partwise.serve.rule import EvictionRule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from partwise.serve.rule import Cached, Limits, Observation
+
+__all__ = ["SnapKV", "SnapKVCache"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapKV(EvictionRule):
+    """Drop the tokens that the last queries look at least, smoothed along the text so that neighbours stay together.
+
+    Unlike the paper, which compresses a prompt and then lets the cache grow: here the same choice is made again whenever the budget is exceeded.
+
+    Parameters
+    ----------
+    window : int, default=64
+        Last queries that are looked at before an eviction.
+    pool : int, default=5
+        Width of the mean over neighbours, odd.
+    recent : int or float, default=32
+        The last tokens never leave: their number, or their share of the budget.
+    num_sinks : int, default=0
+        So many first tokens never leave.
+    drop : int or float, default=0.25
+        Tokens that leave at an eviction: their number, or their share of the budget.
+
+    References
+    ----------
+    Li et al. SnapKV: LLM Knows What You are Looking for Before Generation. arXiv:2404.14469.
+    """
+
+    window: int = 64
+    pool: int = 5
+    recent: int | float = 32
+    drop: int | float = 0.25
+    num_channels: ClassVar[int] = 1  # attention of the window
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self.window, 1, name="window")
+        if self.pool < 1 or self.pool % 2 == 0:
+            raise InputError("bad-cache-setting", f"got pool={self.pool}, expected an odd number of neighbours, 1 or more. Pass 5, or 1 for none.")
+
+    @property
+    def horizon(self) -> int:
+        """Queries of the window."""
+        return self.window
+
+    def forgets(self, limits: Limits) -> bool:
+        """Every eviction looks at its own window."""
+        return True
+
+    def observe(self, record: Tensor, seen: Observation, limits: Limits) -> Tensor:
+        """Add up what each token gets from the window."""
+        return record + seen.total(seen.weights())[..., None]
+
+    def badness(self, cached: Cached, limits: Limits) -> Tensor:
+        """The less attention around it the worse; slots are in the order of the text."""
+        smooth = torch.nn.functional.avg_pool1d(
+            cached.record[..., 0].flatten(0, 1)[:, None], self.pool, stride=1, padding=self.pool // 2, count_include_pad=False
+        )
+        return -smooth[:, 0].view(cached.positions.shape)
+
+
+class SnapKVCache(RuleCache):
+    """A cache that keeps what the last queries look at, with its neighbours.
+
+    See `RuleCache` for its arguments; ``settings`` are the fields of `SnapKV`.
+
+    References
+    ----------
+    arXiv:2404.14469.
+    """
+
+    rule_class = SnapKV
