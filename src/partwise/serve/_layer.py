@@ -339,7 +339,7 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]
     def _logits(self, query: Tensor, end: int) -> Tensor:
         """Products of queries with the keys of the first slots, (batch, kv_heads, group, queries, slots)."""
         assert self.store is not None
-        keys = self.store.read()[0][:, :, :end]
+        keys = self.store.read_keys()[:, :, :end]
         (batch, heads, new, dim), kv_heads = query.shape, keys.shape[1]
         scaling, softcap = self._scale
         grouped = (query.to(torch.float32) * scaling).reshape(batch, kv_heads, heads // kv_heads * new, dim)

@@ -18,17 +18,17 @@ class PlainStore:
 
     Parameters
     ----------
-    budget : int
-        Slots that stay; memory is held for one more, for the token that is being attended to.
+    limit : int
+        Slots that memory is held for: the budget and one more, for the token that is being attended to.
     """
 
-    def __init__(self, budget: int) -> None:
-        self.keys, self.values = Slots(budget + 1), Slots(budget + 1)
+    def __init__(self, limit: int) -> None:
+        self.keys, self.values = Slots(limit), Slots(limit)
 
     @staticmethod
-    def bound(batch: int, heads: int, dim: int, dtype: torch.dtype, budget: int) -> int:
+    def bound(*, limit: int, batch_size: int, num_heads: int, dim: int, value_dim: int, itemsize: int) -> int:
         """Bytes that a store takes at most between two calls of the model."""
-        return batch * heads * (budget + 1) * 2 * dim * dtype.itemsize
+        return batch_size * num_heads * limit * (dim + value_dim) * itemsize
 
     @property
     def num_slots(self) -> int:
@@ -48,6 +48,10 @@ class PlainStore:
     def read(self) -> tuple[Tensor, Tensor]:
         """Keys and values of all slots, (batch, kv_heads, slots, dim) each."""
         return self.keys.values, self.values.values
+
+    def read_keys(self) -> Tensor:
+        """Keys of all slots, (batch, kv_heads, slots, dim)."""
+        return self.keys.values
 
     def keep(self, kept: Tensor) -> None:
         """Keep these slots, (batch, kv_heads, kept), in this order."""

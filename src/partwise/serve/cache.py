@@ -163,9 +163,9 @@ class BudgetedCache(Cache):  # type: ignore[misc]
 
     def _store_maker(self, budget: int) -> Callable[[], Any]:
         if self.bits is None:
-            return lambda: PlainStore(budget)
+            return lambda: PlainStore(budget + 1)
         bits, residual = self.bits, self.residual
-        return lambda: PackedStore(bits, residual, budget=budget)
+        return lambda: PackedStore(budget + 1, bits=bits, residual=residual)
 
     def _check_settings(self, config: Any) -> None:
         if self.bits not in {None, 4, 8}:
@@ -250,8 +250,8 @@ class BudgetedCache(Cache):  # type: ignore[misc]
         waiting = 0 if self.rule.horizon == 0 else rows * config.num_attention_heads * dim * self._dtype.itemsize * self.score_chunk
         total = 0
         for budget in self.budget:
-            sizes = (rows, kv_heads, dim, self._dtype, budget)
-            total += PlainStore.bound(*sizes) if self.bits is None else PackedStore.bound(*sizes, bits=self.bits, residual=self.residual)
+            sizes = {"limit": budget + 1, "batch_size": rows, "num_heads": kv_heads, "dim": dim, "value_dim": dim, "itemsize": self._dtype.itemsize}
+            total += PlainStore.bound(**sizes) if self.bits is None else PackedStore.bound(**sizes, bits=self.bits, residual=self.residual)
             total += self._note_bytes(rows, budget + 1, kv_heads) + waiting
         return total
 

@@ -41,7 +41,7 @@ class KeyNorm(EvictionRule):
 
     def initial(self, keys: Tensor, positions: Tensor) -> Tensor:
         """Lengths of the keys."""
-        return keys.to(torch.float32).norm(dim=-1, keepdim=True)
+        return keys.to(torch.float32).square().sum(dim=-1, keepdim=True).sqrt()
 
     def badness(self, cached: Cached, limits: Limits) -> Tensor:
         """The longer the worse."""
