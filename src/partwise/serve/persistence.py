@@ -117,7 +117,7 @@ def persistence_ratio(model: Any, input_ids: Tensor, *, split: float = 0.5, scor
     ratios, shares = [], []
     for layer in cache.budgeted:
         record = layer.record.values[:, :, :place]  # (rows, kv_heads, early tokens, 2 * group)
-        early, late = record.transpose(2, 3).unflatten(2, (2, group)).unbind(dim=2)  # (rows, kv_heads, group, early tokens) each
+        early, late = record.transpose(2, 3).chunk(2, dim=2)  # (rows, kv_heads, group, early tokens) each
         again = (early & late).sum(dim=-1) / late.sum(dim=-1).clamp(min=1)
         again = torch.where(late.any(dim=-1), again, 1.0)  # where nobody matters later, nobody was missed
         ratios.append(again.mean(dim=0).flatten())
