@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from partwise.checks import load_extra
 from partwise.figures import DASHES, INK, LINES, MARKERS, MUTED, PAPER, WIDTH, legend_above, new_figure, shade, styled, to_svg
+
+MOST = 1.6  # times the full cache's perplexity that the frame shows; above it differences of a percent could not be seen
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -40,13 +43,15 @@ def quality(methods: Sequence[str], rows: Rows, full: Mapping[str, Any]) -> str:
             if points:
                 axis.plot(*zip(*points, strict=True), label=method if axis is left else None, **look_of(number))
         axis.set(xlabel=f"most that the cache held ({unit})")
-        axis.set_xlim(0, 1.06 * full["peak_bytes"] / divisor)
+        _logarithmic(axis.xaxis)
+        axis.set_xlim(right=1.25 * full["peak_bytes"] / divisor)
     left.axhline(full["perplexity"], color=MUTED, linewidth=1.0, linestyle=":")
     left.plot([full["peak_bytes"] / divisor], [full["perplexity"]], color=MUTED, marker="*", markersize=10, linestyle="none", label="full cache")
     left.set(ylabel="perplexity")
+    left.set_ylim(top=min(left.get_ylim()[1], MOST * full["perplexity"]))
     right.set(ylabel="KL(full || budget), nats per token")
     if any(row["kl"] for row in rows):
-        right.set_yscale("log")
+        _logarithmic(right.yaxis)
     figure.legend(loc="outside upper left", ncols=5, frameon=False)
     return to_svg(figure, f"perplexity and divergence of {len(methods)} methods against bytes of the cache")
 
@@ -74,7 +79,7 @@ def along_the_text(methods: Sequence[str], rows: Rows, *, budget: int) -> str:
     axis.axvline(budget, color=MUTED, linewidth=1.0, linestyle=":")
     axis.set(xlabel="position in the text", ylabel="KL(full || budget), nats")
     if any(value for row in rows for _, value in row["kl_curve"]):
-        axis.set_yscale("log")
+        _logarithmic(axis.yaxis)
         legend_above(axis, columns=5)
     return to_svg(figure, f"divergence of {len(methods)} methods along the text at a budget of {budget} tokens")
 
@@ -109,6 +114,18 @@ def speed(methods: Sequence[str], rows: Rows, full: Mapping[str, Any]) -> str:
     axis.grid(visible=False, axis="x")
     legend_above(axis, columns=3)
     return to_svg(figure, f"tokens per second of {len(methods)} methods beside the full cache")
+
+
+def _logarithmic(axis: Any) -> None:
+    """A logarithmic scale with plain labels: powers are written as formulas otherwise, which no browser reads."""
+    ticker = load_extra("matplotlib.ticker", extra="report")
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    low, high = sorted(axis.get_data_interval())
+    digits = (1, 2, 3, 5) if low > 0 and high / low < 100 else (1,)
+    plain = ticker.FuncFormatter(lambda value, _: f"{value:g}")
+    axis.set_major_locator(ticker.LogLocator(subs=digits))
+    axis.set_major_formatter(plain)
+    axis.set_minor_locator(ticker.NullLocator())
 
 
 def byte_unit(most: float) -> tuple[str, float]:

@@ -88,7 +88,8 @@ def _quality(summary: Mapping[str, Any]) -> Section:
     )
     drawing = figures.quality(methods_of(summary), summary["measurements"], summary["full"])
     caption = (
-        "Left: perplexity, with the full cache as a star. Right: how far predictions are from those with the full cache, mean over tokens. "
+        f"Left: perplexity, with the full cache as a star; what lies above {figures.MOST:g} times its value is in the table only. Right: how far predictions "
+        "are from those with the full cache, mean over tokens. "
         "Bytes are of all tensors that a cache holds, what it notes about tokens included."
     )
     return Section("quality", "Quality against memory", lead, markup(drawing), caption)

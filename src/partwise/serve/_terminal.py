@@ -60,28 +60,28 @@ def comparison_table(summary: Mapping[str, Any]) -> Table:
     """The full cache, then for each budget a row per method, the best perplexity first."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     from partwise.report import format_bytes, format_metric
     from partwise.serve._report import by_budget, format_change, format_speed
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    for label in ("budget", "method", "perplexity", "change", "KL", "bytes", "times less", "tokens/s"):
+    for label in ("method", "perplexity", "change", "KL", "bytes", "fewer", "tokens/s"):
         table.add_column(label, justify="left" if label == "method" else "right", no_wrap=True)
     full = summary["full"]
     table.add_row(
-        "-", "full cache", format_metric(full["perplexity"]), "", "", format_bytes(full["peak_bytes"]), "", format_speed(full["tokens_per_second"])
+        "full cache", format_metric(full["perplexity"]), "", "", format_bytes(full["peak_bytes"]), "", format_speed(full["tokens_per_second"])
     )
     for budget, rows in by_budget(summary).items():
-        table.add_section()
+        table.add_row(Text(f"budget {budget:,}", style="bold"))
         for row in rows:
             table.add_row(
-                f"{budget:,}",
-                row["method"],
+                f"  {row['method']}",
                 format_metric(row["perplexity"]),
                 format_change(row["perplexity_change"]),
                 f"{row['kl']:.3g}",
                 format_bytes(row["peak_bytes"]),
-                f"{row['ratio']:.1f}",
+                f"{row['ratio']:.1f} x",
                 format_speed(row["tokens_per_second"]),
             )
     return table
