@@ -52,4 +52,4 @@ class CacheMaker:
         notes = cache._note_bytes(1, 1, _kv_heads(config))
         one_layer = (num_prompt + self.budget + 1) * (per_token + notes)
         own_window = len(cache.layers) - len(cache.budgeted)
-        return cache.max_bytes() + one_layer + own_window * (num_prompt + num_new) * per_token
+        return cache.max_bytes() + int(one_layer + own_window * (num_prompt + num_new) * per_token)

@@ -85,7 +85,14 @@ class Door:
         leases: dict[str, Lease],
         metrics: Callable[[], dict[str, Any]],
     ) -> None:
-        self.application, self.settings, self.limits, self.turnstile, self.leases, self.metrics = application, settings, limits, turnstile, leases, metrics
+        self.application, self.settings, self.limits, self.turnstile, self.leases, self.metrics = (
+            application,
+            settings,
+            limits,
+            turnstile,
+            leases,
+            metrics,
+        )
         self.num_reading = 0
         self.statuses: Counter[int] = Counter()
 
@@ -102,7 +109,8 @@ class Door:
         try:
             await self._admit(scope, body, answer)
         except Refusal as refusal:
-            await body.drain()
+            if refusal.status != 408:
+                await body.drain()
             await answer.refuse(refusal)
         except (_Gone, TimeoutError):  # a TimeoutError of a client that does not read: nobody is there to be told
             self.statuses[499] += 1
@@ -119,7 +127,7 @@ class Door:
             self._check_sender(headers)
         is_model = path == f"/v1/models/{self.limits.name}"
         if path not in POSTS and path not in GETS and not is_model:
-            raise Refusal(404, "not_found", f"got the path {path[:100]!r}, expected one of {', '.join([*POSTS, *GETS])}. Check the base URL, which ends with /v1.")
+            raise Refusal(404, "not_found", f"got the path {path[:100]!r}, expected one of {', '.join([*POSTS, *GETS])}. Check the base URL.")
         allowed = "POST" if path in POSTS else "GET"
         if method != allowed:
             raise Refusal(405, "method_not_allowed", f"got {method[:20]} {path}, expected {allowed}. Change the method.", headers={"Allow": allowed})
@@ -145,13 +153,16 @@ class Door:
         for host in headers.get(b"host", []):
             name = host.decode("latin-1").strip()
             if _without_port(name).lower() not in self.settings.hosts:
-                raise Refusal(403, "unknown_host", f"got the host {name[:100]!r}, expected one of {', '.join(sorted(self.settings.hosts))}. Use that name, or --token.")
+                known = ", ".join(sorted(self.settings.hosts))
+                raise Refusal(403, "unknown_host", f"got the host {name[:100]!r}, expected one of {known}. Use that name, or --token.")
 
     async def _read(self, path: str, headers: dict[bytes, list[bytes]], body: _Body) -> Accepted:
         """Read and check the body."""
         kind = b"".join(headers.get(b"content-type", [])).partition(b";")[0].strip().lower()
         if kind != b"application/json":  # which no page of the web can send here without being asked whether it may
-            raise Refusal(415, "not_json", f"got the content type {kind[:60].decode('latin-1')!r}, expected application/json. Set the header Content-Type.")
+            raise Refusal(
+                415, "not_json", f"got the content type {kind[:60].decode('latin-1')!r}, expected application/json. Set the header Content-Type."
+            )
         if self.num_reading >= MAX_READING:
             raise Refusal(429, "too_many_uploads", f"{MAX_READING} bodies are being read already. Try again in 1 s.", headers={"Retry-After": "1"})
         self.num_reading += 1
@@ -176,8 +187,10 @@ class Door:
                 if not (work.done() or answer.is_complete):
                     raise _Gone
                 await work
-            finally:
+            except BaseException:
                 lease.cancelled.set()
+                raise
+            finally:
                 for task in (work, gone):
                     task.cancel()
                 await asyncio.gather(work, gone, return_exceptions=True)
@@ -211,7 +224,9 @@ class _Body:
         while not self._is_read:
             chunk = await self._next()
             if self._count > limit:
-                raise Refusal(413, "body_too_large", f"got more than {limit:,} bytes, expected at most as many. Shorten the prompt, or raise --max-body-kib.")
+                raise Refusal(
+                    413, "body_too_large", f"got more than {limit:,} bytes, expected at most as many. Shorten the prompt, or raise --max-body-kib."
+                )
             chunks.append(chunk)
         return b"".join(chunks)
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import queue
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.cli.serving.utils import DirectStreamer, GenerateManager, GenerationState, ReasoningText, _GenerationCancelled, _StreamError
 
 from partwise.serve._http_memory import CacheMemory, Conversation
@@ -25,7 +28,12 @@ __all__ = ["AnswerStreamer", "BoundedGenerateManager", "OneManager", "StopText",
 
 logger = logging.getLogger(__name__)
 
-FAILED = Refusal(500, "generation_failed", "got an error while generating, expected none. The server's log has it; try again, or tell who runs the server.")
+FAILED = Refusal(
+    500, "generation_failed", "got an error while generating, expected none. The server's log has it; try again, or tell who runs the server."
+)
+
+
+STOP_S = 5.0
 
 
 class StopText:
@@ -106,6 +114,29 @@ class Halt(StoppingCriteria):
         return torch.full((len(input_ids),), self.lease.cancelled.is_set() or self.stop.found, dtype=torch.bool, device=input_ids.device)
 
 
+class GeneratingThread:
+    """One thread for all generation, as compiled graphs need it; unlike `InferenceThread` of transformers it ends, and no cancelled future can kill it."""
+
+    def __init__(self) -> None:
+        self._works: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="partwise-generate", daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Do this after what was submitted before; it may not raise."""
+        self._works.put(work)
+
+    def stop(self) -> None:
+        """End when everything is done, and wait for that."""
+        self._works.put(None)
+        self._thread.join(STOP_S)
+
+    def _run(self) -> None:
+        while (work := self._works.get()) is not None:
+            work()
+            del work  # it holds a cache, which may not live until the next request
+
+
 class BoundedGenerateManager(GenerateManager):
     """Generates for one request at a time, each with a cache whose bytes were reserved before.
 
@@ -124,7 +155,7 @@ class BoundedGenerateManager(GenerateManager):
     """
 
     def __init__(self, *, caches: CacheMaker, memory: CacheMemory, turnstile: Turnstile, max_prompt_tokens: int, context: int) -> None:
-        super().__init__()
+        self._thread = GeneratingThread()
         self.caches, self.memory, self.turnstile = caches, memory, turnstile
         self.sample = caches.new()  # of which bounds are asked; refuses a model that cannot have such a cache
         self.max_prompt_tokens, self.context = min(max_prompt_tokens, context - 1), context
@@ -135,12 +166,18 @@ class BoundedGenerateManager(GenerateManager):
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str, response_parser: Any = None
     ) -> tuple[asyncio.Queue[Any], DirectStreamer]:
         """Begin, and return the queue that text goes to; see `GenerateManager`."""
-        lease, queue = self.leases[request_id], asyncio.Queue[Any]()
+        lease, pieces = self.leases[request_id], asyncio.Queue[Any]()
         loop, stop = asyncio.get_running_loop(), StopText(lease.accepted.stop)
-        streamer = AnswerStreamer(processor._tokenizer, loop, queue, response_parser=response_parser, stop=stop)
-        ends: dict[type, Callable[[Any], Any]] = {Refusal: lambda refusal: _StreamError(refusal.code), type(None): lambda _: None}
-        self._begin(lease, model, inputs, gen_config, streamer, lambda result: type(result) in ends and queue.put_nowait(ends[type(result)](result)))
-        return queue, streamer
+        streamer = AnswerStreamer(processor._tokenizer, loop, pieces, response_parser=response_parser, stop=stop)
+
+        def tell(result: Any) -> None:
+            if isinstance(result, Refusal):
+                pieces.put_nowait(_StreamError(result.code))
+            elif result is None:
+                pieces.put_nowait(None)
+
+        self._begin(lease, model, inputs, gen_config, streamer, tell)
+        return pieces, streamer
 
     async def generate_non_streaming(self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str) -> tuple[str, int, Tensor]:
         """Text, number of prompt tokens and generated tokens (tokens,); see `GenerateManager`."""
@@ -148,7 +185,12 @@ class BoundedGenerateManager(GenerateManager):
         # Not async_submit of transformers: where its future is cancelled, the generating thread meets an InvalidStateError.
         answer: asyncio.Future[Any] = loop.create_future()
         streamer = AnswerStreamer(processor._tokenizer, loop, None, stop=StopText(lease.accepted.stop))
-        self._begin(lease, model, inputs, gen_config, streamer, lambda result: answer.done() or answer.set_result(result))
+
+        def tell(result: Any) -> None:
+            if not answer.done():  # cancelled: nobody waits for it
+                answer.set_result(result)
+
+        self._begin(lease, model, inputs, gen_config, streamer, tell)
         result = await answer
         if isinstance(result, Refusal):
             raise result
@@ -158,9 +200,9 @@ class BoundedGenerateManager(GenerateManager):
 
     def stop(self) -> None:
         """End the generating thread."""
-        self.submit(raise_exit)
+        self._thread.stop()
 
-    def _begin(self, lease: Lease, model: Any, inputs: Any, config: Any, streamer: AnswerStreamer, tell: Callable[[Any], Any]) -> None:
+    def _begin(self, lease: Lease, model: Any, inputs: Any, config: Any, streamer: AnswerStreamer, tell: Callable[[Any], None]) -> None:
         """Reserve, generate on the other thread, and on this one give everything back, keep the conversation, and tell the result."""
         ids, loop = inputs["input_ids"], asyncio.get_running_loop()
         num_prompt = ids.shape[-1]
@@ -179,13 +221,15 @@ class BoundedGenerateManager(GenerateManager):
                 if isinstance(result, torch.Tensor):
                     self.num_tokens += result.shape[-1] - num_prompt
                     self.seconds += seconds
-                    self._keep(result, cache)
+                    if not lease.cancelled.is_set():
+                        self._keep(result, cache)
             finally:
                 self.turnstile.end_turn(lease)
                 tell(result)
 
         def work() -> None:
-            started, result, cache = time.perf_counter(), None, None
+            started, cache = time.perf_counter(), None
+            result: Any = None
             try:
                 cache = found.cache if found else self.caches.new()
                 result = self._generate(lease, model, inputs, config, streamer, cache)
@@ -208,7 +252,9 @@ class BoundedGenerateManager(GenerateManager):
     def _generate(self, lease: Lease, model: Any, inputs: Any, config: Any, streamer: AnswerStreamer, cache: Any) -> Tensor:
         """Prompt and answer, (1, tokens)."""
         seed = lease.accepted.seed
-        with torch.random.fork_rng(enabled=seed is not None):  # the seed of one request does not decide what others draw
+        # The seed of one request does not decide what others draw, and what a request's config leaves open the model's own does not fill in.
+        devices = [model.device] if model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices, enabled=seed is not None), without_own_settings(model):
             if seed is not None:
                 torch.manual_seed(seed)
             sequences: Tensor = model.generate(
@@ -241,6 +287,12 @@ class OneManager(GenerationState):
         return self.manager
 
 
-def raise_exit() -> None:
-    """End the thread that calls it; its loop lets every other exception pass."""
-    raise SystemExit
+@contextlib.contextmanager
+def without_own_settings(model: Any) -> Iterator[None]:
+    """Inside the block the model has no generation config of its own: `generate` takes from there whatever the given one leaves at None."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own

@@ -151,7 +151,9 @@ def build_application(name: str, model: Any, tokenizer: Any, manager: BoundedGen
 @contextlib.contextmanager
 def quiet_handlers() -> Iterator[None]:
     """Keep the handlers' line per request, and generate's notes, off the log while the server runs."""
-    loggers = {name: logging.getLogger(name) for name in ("transformers.cli.serving", "transformers.generation", "transformers.tokenization_utils_base")}
+    loggers = {
+        name: logging.getLogger(name) for name in ("transformers.cli.serving", "transformers.generation", "transformers.tokenization_utils_base")
+    }
     levels = {name: log.level for name, log in loggers.items()}
     for log in loggers.values():
         log.setLevel(logging.ERROR)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -221,7 +221,9 @@ def _text_of(name: str, content: Any) -> str:
         kinds = {"text", "input_text", "output_text"}
         is_text = isinstance(part, dict) and part.get("type") in kinds and isinstance(part.get("text"), str)
         if not is_text or not set(part) <= {"type", "text", "annotations", "logprobs"}:
-            raise bad("bad_value", f"got {name}={_shown(content)}, expected a text, or a list of parts of type text. Images and sound are not offered.")
+            raise bad(
+                "bad_value", f"got {name}={_shown(content)}, expected a text, or a list of parts of type text. Images and sound are not offered."
+            )
     return "\n".join(part["text"] for part in parts)
 
 
@@ -252,11 +254,11 @@ def _shown(value: Any) -> str:
 
 
 Reader = Callable[[str, Any], Any]
-_SHARED: Mapping[str, Reader] = {
+_SHARED: dict[str, Reader] = {
     "model": read_text, "stream": read_flag, "stream_options": read_stream_options, "temperature": read_temperature, "top_p": read_top_p, "seed": read_seed,
     "user": read_text,
 }  # fmt: skip
-_FIELDS: Mapping[str, Mapping[str, Reader]] = {
+_FIELDS: dict[str, dict[str, Reader]] = {
     "/v1/completions": {"prompt": read_prompt, "max_tokens": read_count, "stop": read_stop},
     "/v1/chat/completions": {"messages": read_messages, "max_tokens": read_count, "max_completion_tokens": read_count, "stop": read_stop},
     "/v1/responses": {"input": read_input, "instructions": read_text, "max_output_tokens": read_count},

@@ -94,9 +94,7 @@ def assemble(flags: HttpFlags, model: Any, tokenizer: Any, rule: EvictionRule, *
     caches = CacheMaker(model=model, rule=rule, budget=flags.budget, pinned=flags.pinned, bits=flags.bits)
     memory = CacheMemory(int(flags.memory_limit_mib * 2**20), idle=flags.conversation_idle_s, clock=time.monotonic)
     turnstile = Turnstile(flags.max_queue)
-    manager = BoundedGenerateManager(
-        caches=caches, memory=memory, turnstile=turnstile, max_prompt_tokens=flags.max_prompt_tokens, context=context
-    )
+    manager = BoundedGenerateManager(caches=caches, memory=memory, turnstile=turnstile, max_prompt_tokens=flags.max_prompt_tokens, context=context)
     need = caches.bound(manager.sample, num_prompt=manager.max_prompt_tokens, num_new=flags.max_new_tokens)
     if need > memory.limit:
         manager.stop()
@@ -143,10 +141,14 @@ def token_of(flags: HttpFlags) -> bytes | None:
     """The token, from the flags or from the environment; needed where others than this machine can connect."""
     token = flags.token if flags.token is not None else os.environ.get(TOKEN_VARIABLE)
     if token is None and flags.host not in LOOPBACK:
-        text = f"got the host {flags.host} without a token, expected one where other machines can connect. Pass --token, set {TOKEN_VARIABLE}, or use 127.0.0.1."
+        text = (
+            f"got the host {flags.host} without a token, expected one where others can connect. Pass --token, set {TOKEN_VARIABLE}, or use 127.0.0.1."
+        )
         raise InputError("token-missing", text)
     if token is not None and (len(token) < 8 or not token.isascii() or not token.isprintable() or " " in token):
-        raise InputError("token-unusable", f"got a token of {len(token)} letters, expected at least 8 printable ASCII letters without spaces. Choose another.")
+        raise InputError(
+            "token-unusable", f"got a token of {len(token)} letters, expected at least 8 printable ASCII letters without spaces. Choose another."
+        )
     return None if token is None else token.encode()
 
 
@@ -155,7 +157,9 @@ def read_template(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError("template-unreadable", f"--chat-template {path} cannot be read: got {error}, expected a Jinja file in UTF-8. Check the path.") from None
+        raise InputError(
+            "template-unreadable", f"--chat-template {path} cannot be read: got {error}, expected a Jinja file in UTF-8. Check the path."
+        ) from None
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -88,7 +88,9 @@ class HttpFlags:
             check_at_least(getattr(self, name), 0, name=name)
         for name in ("memory_limit_mib", "conversation_idle_s"):
             if not getattr(self, name) > 0 or getattr(self, name) == float("inf"):
-                raise InputError("bad-server-setting", f"got {name}={getattr(self, name)}, expected a number above 0. Pass {name}={getattr(HttpFlags, name):g}.")
+                raise InputError(
+                    "bad-server-setting", f"got {name}={getattr(self, name)}, expected a number above 0. Pass {name}={getattr(HttpFlags, name):g}."
+                )
 
 
 def serve_http(
