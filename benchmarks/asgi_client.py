@@ -22,10 +22,12 @@ class Reply:
 
     @property
     def body(self) -> bytes:
+        """All pieces."""
         return b"".join(self.chunks)
 
     @property
     def json(self) -> Any:
+        """The object in the body."""
         return json.loads(self.body)
 
     @property

@@ -118,7 +118,8 @@ def test_a_field_with_the_value_that_changes_nothing_is_let_pass(name: str, valu
 @pytest.mark.parametrize(
     "messages",
     [
-        [], "hello", [7], [{}], [{"role": "user"}], [{"role": "tool", "content": "x"}], [{"role": "user", "content": None}], [{"role": ["user"], "content": "x"}],
+        [], "hello", [7], [{}], [{"role": "user"}], [{"role": "tool", "content": "x"}], [{"role": "user", "content": None}],
+        [{"role": ["user"], "content": "x"}],
         [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}], [{"role": "user", "content": [{"type": "text", "text": 5}]}],
         [{"role": "user", "content": "x", "tool_calls": []}], [{"role": "user", "content": "x"}] * 1025, [{"role": "user", "content": [7]}],
     ],

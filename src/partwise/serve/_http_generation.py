@@ -155,9 +155,9 @@ class BoundedGenerateManager(GenerateManager):
     """
 
     def __init__(self, *, caches: CacheMaker, memory: CacheMemory, turnstile: Turnstile, max_prompt_tokens: int, context: int) -> None:
-        self._thread = GeneratingThread()
         self.caches, self.memory, self.turnstile = caches, memory, turnstile
         self.sample = caches.new()  # of which bounds are asked; refuses a model that cannot have such a cache
+        self._thread = GeneratingThread()
         self.max_prompt_tokens, self.context = min(max_prompt_tokens, context - 1), context
         self.leases: dict[str, Lease] = {}
         self.num_tokens, self.num_prompt_tokens, self.num_reused, self.seconds = 0, 0, 0, 0.0

@@ -93,18 +93,19 @@ def read_request(path: str, body: dict[str, Any], limits: Limits) -> Accepted:
     if given.get("model", limits.name) != limits.name:
         text = f"the model {_shown(given['model'])} is not served here, expected {limits.name!r}. Pass model={limits.name!r}."
         raise Refusal(404, "model_not_found", text)
-    checked = {name: reader(name, given[name]) for name, reader in (_SHARED | fields).items() if name in given}
+    readers: dict[str, Reader] = {**_SHARED, **fields}
+    checked = {name: reader(name, given[name]) for name, reader in readers.items() if name in given}
     if path != "/v1/completions" and not limits.has_chat:
         text = f"the model {limits.name!r} has no chat template, so there is no form for messages. Use /v1/completions, or start the server with"
         raise bad("no_chat_template", f"{text} --chat-template FILE.")
     content = _CONTENT[path]
     if content not in checked:
         raise bad("missing_field", f"got no {content!r}, expected what the model shall answer. Add the field.")
-    asked = [checked[name] for name in ("max_completion_tokens", "max_output_tokens", "max_tokens") if name in checked]
-    kept = {name: checked[name] for name in ("instructions", "temperature", "top_p") if name in checked}
+    asked: list[int] = [checked[name] for name in ("max_completion_tokens", "max_output_tokens", "max_tokens") if name in checked]
+    kept: dict[str, Any] = {name: checked[name] for name in ("instructions", "temperature", "top_p") if name in checked}
     stream = checked.get("stream", False)
     count = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
-    inner = {"model": limits.name, content: checked[content], count: min([*asked, limits.max_new_tokens]), "stream": stream, **kept}
+    inner: dict[str, Any] = {"model": limits.name, content: checked[content], count: min([*asked, limits.max_new_tokens]), "stream": stream, **kept}
     return Accepted(body=inner, stop=checked.get("stop", ()), seed=checked.get("seed"), stream=stream)
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from partwise.checks import InputError, check_at_least, load_extra
 
 if TYPE_CHECKING:
+    import socket
+
     from partwise.commands import Report
     from partwise.serve._http_server import Parts, RunningServer
     from partwise.serve.rule import EvictionRule
@@ -114,10 +116,9 @@ def serve_http(
     dict
         What /metrics said at the end, and the ``url``.
     """
-    parts, at = prepare(flags, rule=rule)
-    from partwise.serve._http_server import address_of, listen, run
+    parts, listener, at = prepare(flags, rule=rule)
+    from partwise.serve._http_server import address_of, run
 
-    listener = listen(flags.host, flags.port)
     url = address_of(listener)
     if write is not None:
         write(f"{at} at {url}\nCtrl-C ends it.\n")
@@ -145,21 +146,21 @@ def start_in_thread(flags: HttpFlags, *, model: Any = None, tokenizer: Any = Non
     RunningServer
         With the ``url`` that clients need.
     """
-    parts, _ = prepare(flags, model=model, tokenizer=tokenizer, rule=rule)
-    from partwise.serve._http_server import listen, run_in_thread
+    parts, listener, _ = prepare(flags, model=model, tokenizer=tokenizer, rule=rule)
+    from partwise.serve._http_server import run_in_thread
 
-    with run_in_thread(parts, listen(flags.host, flags.port)) as running:
+    with run_in_thread(parts, listener) as running:
         yield running
 
 
-def prepare(flags: HttpFlags, *, model: Any = None, tokenizer: Any = None, rule: EvictionRule | None = None) -> tuple[Parts, str]:
-    """The server that the flags describe, and a line that says what it is."""
+def prepare(flags: HttpFlags, *, model: Any = None, tokenizer: Any = None, rule: EvictionRule | None = None) -> tuple[Parts, socket.socket, str]:
+    """The server that the flags describe, the socket it is to listen on, and a line that says what it is."""
     for module in ("fastapi", "uvicorn", "openai", "jinja2"):  # transformers' handlers are built on openai's types
         load_extra(module, extra="http")
     load_extra("transformers", extra="hf")
     from partwise.flags import load_target
     from partwise.serve import METHODS
-    from partwise.serve._http_server import assemble
+    from partwise.serve._http_server import assemble, listen
     from partwise.serve._models import open_model
 
     if rule is None:
@@ -172,5 +173,10 @@ def prepare(flags: HttpFlags, *, model: Any = None, tokenizer: Any = None, rule:
         opened = open_model(flags.model, device=flags.device, dtype=flags.dtype)
         model, tokenizer, source = opened.model, opened.tokenizer, opened.name
     name = flags.name or Path(source).name
-    parts = assemble(flags, model, tokenizer, rule, name=name)
-    return parts, f"{name} with {rule!r}, {flags.budget} tokens per layer and head"
+    listener = listen(flags.host, flags.port)
+    try:
+        parts = assemble(flags, model, tokenizer, rule, name=name)
+    except BaseException:
+        listener.close()
+        raise
+    return parts, listener, f"{name} with {rule!r}, {flags.budget} tokens per layer and head"
