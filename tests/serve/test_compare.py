@@ -34,12 +34,10 @@ def attention_of(model: Any) -> str:
 
 def logits_one_by_one(model: Any, ids: torch.Tensor, cache: Any, *, num_prefill: int) -> torch.Tensor:
     """Predictions of tokens num_prefill + 1 and on, (rows, steps, vocabulary), as a student would get them."""
-    steps = []
     with torch.no_grad():
         model(ids[:, :num_prefill], past_key_values=cache)
-        for position in range(num_prefill, ids.shape[1] - 1):
-            steps.append(model(ids[:, position : position + 1], past_key_values=cache).logits)
-    return torch.cat(steps, dim=1)
+        positions = range(num_prefill, ids.shape[1] - 1)
+        return torch.cat([model(ids[:, position : position + 1], past_key_values=cache).logits for position in positions], dim=1)
 
 
 def test_a_cache_that_is_never_full_predicts_what_the_full_cache_predicts_to_the_bit(model: Any):
@@ -112,7 +110,7 @@ def test_caches_take_turns_and_the_first_turn_goes_round(model: Any, monkeypatch
     caches = {FULL: DynamicCache(), "a": DynamicCache(), "b": DynamicCache()}
     measure(model, random_ids(num_tokens=8), caches, num_prefill=3)
     full, a, b = (id(cache) for cache in caches.values())
-    assert order == [full, a, b] + [full, a, b] + [a, b, full] + [b, full, a] + [full, a, b]
+    assert order == [full, a, b, full, a, b, a, b, full, b, full, a, full, a, b]
 
 
 def test_seconds_are_per_step_and_speed_counts_all_rows(model: Any, monkeypatch: pytest.MonkeyPatch):

@@ -208,12 +208,14 @@ def _unavailable(source: str, error: Exception) -> InputError:
 
 def _weights(transformers: Any, source: str, dtype: Any) -> Any:
     from safetensors import SafetensorError
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     config = _from_pretrained(transformers.AutoConfig, source)
-    if type(config) not in transformers.AutoModelForCausalLM._model_mapping:
+    is_encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    if is_encoder or type(config) not in transformers.AutoModelForCausalLM._model_mapping:
         raise InputError(
             "task-not-supported",
-            f"{source} is of type {config.model_type}, which has no causal language model. Pass --model with a decoder such as Llama.",
+            f"{source} is of type {config.model_type}, which writes no text. Pass --model with a decoder such as Llama.",
         )
     options: dict[str, Any] = {"use_safetensors": True, "dtype": dtype, "output_loading_info": True}
     try:
