@@ -32,10 +32,30 @@ from rows import ROOT, Row, append
 NAME = "serve_http"
 MODEL = Path(os.environ.get("PARTWISE_MODELS", ROOT.parent / "shared" / "models")) / "llama-stdlib-5m"
 CLIENTS, QUEUE, BUDGET, MAX_PROMPT, MAX_NEW = 16, 11, 128, 600, 32
+MEMORY_MIB, LIMIT_RATIO, MAX_BODY_KIB = 10.0, 1.02, 32
 TEMPLATE = "{% for m in messages %}# {{ m.role }}: {{ m.content }}\n{% endfor %}"
+SETTINGS = f"HttpFlags(budget={BUDGET}, memory_limit_mib={MEMORY_MIB}, max_queue={QUEUE})"
 COMPLETION, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
-MEMORY_MIB, LIMIT_RATIO, MAX_BODY_KIB = 3.5, 1.02, 32
-WORDS = "def class return import self value for in range if not None print open path name data list key line text result error".split()
+WORDS = [
+    "def",
+    "class",
+    "return",
+    "import",
+    "self",
+    "value",
+    "for",
+    "in",
+    "range",
+    "if",
+    "not",
+    "None",
+    "print",
+    "open",
+    "path",
+    "name",
+    "data",
+    "list",
+]
 
 
 def make_flags(model: str, **changes: Any) -> Any:
@@ -160,24 +180,24 @@ def stress(model: str, minutes: float, *, dry: bool) -> None:
     wall, memory, queue = time.perf_counter() - started, tally.last["memory"], tally.last["queue"]
     clean = memory["reserved"] == 0 and queue["inside"] == 0 and tally.highest <= memory["limit"]
     answered = sum(tally.counts[kind] for kind in ("whole", "stream", "left"))
+    tokens, limit = tally.last["tokens"], memory["limit"] / 2**20
     note = (
-        f"{answered:,} answers ({tally.counts['stream']:,} streams, {tally.counts['left']:,} left in the middle), {tally.counts['429']:,} refused with 429 and "
-        f"Retry-After. Caches held at most {tally.highest / 2**20:.2f} of {memory['limit'] / 2**20:.2f} MiB; {memory['forgotten']:,} conversations made way; "
-        f"{tally.last['tokens']['reused']:,} of {tally.last['tokens']['prompt']:,} prompt tokens were in a cache. Afterwards {memory['reserved']} bytes reserved, "
-        f"{queue['inside']} requests inside."
+        f"{answered:,} answers ({tally.counts['stream']:,} streams, {tally.counts['left']:,} left in the middle), {tally.counts['429']:,} refused with 429 "
+        f"and Retry-After. Caches held at most {tally.highest / 2**20:.2f} of {limit:.2f} MiB; {memory['forgotten']:,} conversations made way; "
+        f"{tokens['reused']:,} of {tokens['prompt']:,} prompt tokens were in a cache. "
+        f"Afterwards {memory['reserved']} bytes reserved, {queue['inside']} requests inside."
     )
-    settings = f"HttpFlags(budget={BUDGET}, memory_limit_mib={MEMORY_MIB}, max_queue={QUEUE})"
     for failure in tally.failures[:5]:
         print(failure)
     record(
-        dry, claim=f"{CLIENTS} clients at once for {minutes:g} minutes at the memory limit", method=settings, values=(len(tally.failures) + (not clean),),
+        dry, claim=f"{CLIENTS} clients at once for {minutes:g} minutes at the memory limit", method=SETTINGS, values=(len(tally.failures) + (not clean),),
         unit="failures", expected="no failure but 429, nothing left behind", held=not tally.failures and clean, seconds=wall, note=note,
     )  # fmt: skip
     warm = [mib for second, mib in tally.memory if second >= 0.2 * 60 * minutes]
     half = len(warm) // 2
     before, after = max(warm[:half]), max(warm[half:])
     record(
-        dry, claim=f"Resident memory of the server while {CLIENTS} clients ask for {minutes:g} minutes", method=settings, values=(after / before,),
+        dry, claim=f"Resident memory of the server while {CLIENTS} clients ask for {minutes:g} minutes", method=SETTINGS, values=(after / before,),
         unit="highest of the last 40 % of the time / of the 40 % before", expected=f"at most {LIMIT_RATIO}", held=after / before <= LIMIT_RATIO, seconds=wall,
         note=f"{tally.memory[0][1]:.0f} MiB at the start, {before:.1f} and {after:.1f} MiB at most, after a first fifth for warming up.",
     )  # fmt: skip
@@ -362,11 +382,14 @@ def fuzz(model: str, number: int, *, dry: bool, folder: Path) -> None:
     statuses = ", ".join(f"{count:,} {kind.removeprefix('status ')}" for kind, count in sorted(counts.items()) if kind.startswith("status"))
     for text in wrong[:10]:
         print(text)
+    note = (
+        f"64 at a time: {kinds}. Answers: {statuses} (0: the client had left). 1,000 connections with bytes that are no HTTP on top. "
+        f"Afterwards {left[0]} requests inside and {left[1]} bytes reserved."
+    )
     record(
-        dry, claim=f"{number:,} requests that are malformed, wrong or abandoned", method=f"HttpFlags(budget={BUDGET}, memory_limit_mib={MEMORY_MIB}, max_queue={QUEUE})",
-        values=(len(wrong) + dead + any(left),), unit="wrong answers", expected="none, and nothing left behind", held=not wrong and not dead and not any(left),
-        seconds=time.perf_counter() - started, note=f"64 at a time: {kinds}. Answers: {statuses} (0: the client had left). 1,000 connections with bytes that are no "
-        f"HTTP on top. Afterwards {left[0]} requests inside and {left[1]} bytes reserved.",
+        dry, claim=f"{number:,} requests that are malformed, wrong or abandoned", method=SETTINGS, values=(len(wrong) + dead + any(left),),
+        unit="wrong answers", expected="none, and nothing left behind", held=not wrong and not dead and not any(left),
+        seconds=time.perf_counter() - started, note=note,
     )  # fmt: skip
 
 

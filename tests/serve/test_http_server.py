@@ -239,6 +239,33 @@ def test_nothing_of_the_model_is_changed_when_the_server_has_ended():
     assert (model.config._attn_implementation, threading.active_count()) == (before, threads)
 
 
+def test_a_server_that_ends_breaks_off_its_answers_and_refuses_who_waits():
+    model, threads = tiny_llama(), threading.active_count()
+    outcomes: list[Any] = []
+
+    def ask(client: Any, **how: Any) -> None:
+        try:
+            outcomes.append(client.completions.create(model=NAME, prompt=PROMPT, **how))
+        except openai.APIError as error:
+            outcomes.append(error)
+
+    with start_in_thread(flags(max_new_tokens=200), model=model, tokenizer=letter_tokenizer(), rule=Scissorhands()) as running:
+        client = openai.OpenAI(base_url=running.url, api_key="none", max_retries=0)
+        stream = client.completions.create(model=NAME, prompt=PROMPT, stream=True)
+        next(iter(stream))
+        waiting = threading.Thread(target=ask, args=(client,))
+        waiting.start()
+        while running.parts.turnstile.num_inside < 2:
+            time.sleep(0.001)
+        started = time.monotonic()
+    assert time.monotonic() - started < 2
+    waiting.join()
+    assert [getattr(outcome, "code", None) for outcome in outcomes] == ["shutting_down"]
+    with pytest.raises(openai.APIConnectionError):
+        list(stream)
+    assert (running.parts.memory.reserved, threading.active_count()) == (0, threads)
+
+
 def test_a_model_whose_own_settings_ask_for_more_answers_as_asked():
     model = tiny_llama()
     model.generation_config.update(

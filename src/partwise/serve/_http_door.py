@@ -28,6 +28,7 @@ Send = Callable[[Message], Awaitable[None]]
 POSTS = {"/v1/chat/completions": "chatcmpl", "/v1/completions": "cmpl", "/v1/responses": "resp"}  # and how their answers are called
 GETS = ("/health", "/metrics", "/v1/models")
 MAX_READING = 64  # bodies that are read at the same time
+CLOSING = Refusal(503, "shutting_down", "the server is about to end and answers nobody any more. Try again later.")
 DRAINED_BYTES, DRAIN_S = 64 * 2**20, 5.0  # of a refused body, so that its sender reads the refusal and no broken pipe
 
 
@@ -94,6 +95,7 @@ class Door:
             metrics,
         )
         self.num_reading = 0
+        self.closing = asyncio.Event()
         self.statuses: Counter[int] = Counter()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -181,19 +183,19 @@ class Door:
         with self.turnstile.place():
             lease = Lease(f"{POSTS[scope['path']]}-{uuid.uuid4().hex}", accepted)
             work = asyncio.create_task(self._in_turn(lease, scope, answer))
-            gone = asyncio.create_task(body.wait_until_gone())
+            gone, closing = asyncio.create_task(body.wait_until_gone()), asyncio.create_task(self.closing.wait())
             try:
-                await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({work, gone, closing}, return_when=asyncio.FIRST_COMPLETED)
                 if not (work.done() or answer.is_complete):
-                    raise _Gone
+                    raise CLOSING if self.closing.is_set() else _Gone
                 await work
             except BaseException:
                 lease.cancelled.set()
                 raise
             finally:
-                for task in (work, gone):
+                for task in (work, gone, closing):
                     task.cancel()
-                await asyncio.gather(work, gone, return_exceptions=True)
+                await asyncio.gather(work, gone, closing, return_exceptions=True)
 
     async def _in_turn(self, lease: Lease, scope: Message, answer: _Answer) -> None:
         await self.turnstile.wait_for_turn(lease)

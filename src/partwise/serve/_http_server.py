@@ -178,12 +178,29 @@ def address_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
 
 
+class _Server(uvicorn.Server):  # type: ignore[misc]
+    """Ends what is being answered when it ends, instead of waiting for it."""
+
+    def __init__(self, config: Any, parts: Parts) -> None:
+        super().__init__(config)
+        self.parts = parts
+
+    async def shutdown(self, sockets: Any = None) -> None:
+        """Refuse who waits, break off what is being answered, let the generating thread give everything back, and close."""
+        self.parts.door.closing.set()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(STOP_S):
+                while self.parts.turnstile.num_inside or self.parts.turnstile.is_busy:
+                    await asyncio.sleep(0.005)
+        await super().shutdown(sockets)
+
+
 def _uvicorn(parts: Parts) -> uvicorn.Server:
     config = uvicorn.Config(
-        parts.door, log_config=None, log_level="error", access_log=False, server_header=False, proxy_headers=False, lifespan="on", ws="none", http="h11",
+        parts.door, log_config=None, log_level="critical", access_log=False, server_header=False, proxy_headers=False, lifespan="on", ws="none", http="h11",
         loop="asyncio", limit_concurrency=MAX_CONNECTIONS, timeout_keep_alive=10, timeout_graceful_shutdown=3,
     )  # fmt: skip
-    return uvicorn.Server(config)
+    return _Server(config, parts)
 
 
 def run(parts: Parts, listener: socket.socket) -> None:
@@ -212,5 +229,5 @@ def run_in_thread(parts: Parts, listener: socket.socket) -> Iterator[RunningServ
             yield RunningServer(address_of(listener), parts)
         finally:
             server.should_exit = True
-            thread.join(STOP_S)
+            thread.join(2 * STOP_S)
             parts.manager.stop()
