@@ -61,7 +61,7 @@ def record_comparison(
     from partwise import report as page
     from partwise.serve._models import open_model
     from partwise.serve._report import describe
-    from partwise.serve.compare import check_sizes, compare
+    from partwise.serve.compare import check_caches, check_sizes, compare
 
     out = fresh_run("compare") if out is None else out
     check_place(out, resume=False)
@@ -70,6 +70,7 @@ def record_comparison(
     report("loading the model", 0, 1, "")
     opened = open_model(source.model, device=source.device, dtype=source.dtype)
     check_length(opened, settings.tokens)
+    check_caches(opened.model, rules, budgets=budgets, bits=settings.bits)
     report("reading text", 0, 1, "")
     text = read_text(opened, settings)
     with _whole_or_absent(out, _header(opened, text, settings, rules, command)) as create:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from partwise.serve.rule import EvictionRule
 
-__all__ = ["FULL", "Compared", "Measurement", "check_sizes", "compare", "measure"]
+__all__ = ["FULL", "Compared", "Measurement", "check_caches", "check_sizes", "compare", "measure"]
 
 FULL = "full"
 NUM_STRETCHES = 24  # of the text, over which the divergence is shown
@@ -306,20 +306,26 @@ def compare(
     from partwise.serve.cache import BudgetedCache, attached
 
     check_sizes(budgets, num_tokens=ids.shape[1])
-
-    def caches(budget: int) -> dict[str, Any]:
-        return {name: BudgetedCache(model, rule, budget=budget, bits=bits) for name, rule in rules.items()}
-
+    check_caches(model, rules, budgets=budgets, bits=bits)
     found: list[Compared] = []
     with attached(model):
         for budget in budgets:
-            caches(budget)  # refuses what cannot be, before minutes are spent on what can
-        for budget in budgets:
-            measured = measure(model, ids, caches(budget), num_prefill=min(budgets), report=report, phase=f"budget {budget:,}")
+            caches = {name: BudgetedCache(model, rule, budget=budget, bits=bits) for name, rule in rules.items()}
+            measured = measure(model, ids, caches, num_prefill=min(budgets), report=report, phase=f"budget {budget:,}")
             found += [
                 Compared(method=name, setting=repr(rule), budget=budget, measured=measured[name], full=measured[FULL]) for name, rule in rules.items()
             ]
     return found
+
+
+def check_caches(model: Any, rules: Mapping[str, EvictionRule], *, budgets: Sequence[int], bits: Literal[4, 8] | None) -> None:
+    """Refuse what some cache would refuse, before minutes are spent on the others."""
+    from partwise.serve.cache import BudgetedCache, attached
+
+    with attached(model):
+        for budget in budgets:
+            for rule in rules.values():
+                BudgetedCache(model, rule, budget=budget, bits=bits)
 
 
 def check_sizes(budgets: Sequence[int], *, num_tokens: int) -> None:
