@@ -112,8 +112,8 @@ async def one_client(client: Any, number: int, until: float, tally: Tally) -> No
 
     draw, text = random.Random(number), ""
     while time.monotonic() < until:
-        if not text or len(text) > 900 or draw.random() < 0.2:
-            text = f"# {number} {draw.random()}\n" + " ".join(draw.choices(WORDS, k=draw.randint(5, 150)))
+        if not text or len(text) > 500 or draw.random() < 0.2:
+            text = f"# {number} {draw.random()}\n" + " ".join(draw.choices(WORDS, k=draw.randint(5, 70)))
         try:
             text += await one_turn(client, draw, text, tally) + " " + draw.choice(WORDS)
         except openai.RateLimitError as refused:

@@ -140,6 +140,12 @@ def test_a_body_above_the_limit_is_refused_and_read_to_its_end():
     assert_empty(door)
 
 
+def test_a_body_that_announces_too_much_is_not_read_first():
+    headers = [("host", "localhost"), JSON, ("content-length", "1001")]
+    assert ask(door_with(), headers=headers, body=b"{}").status == 413
+    assert ask(door_with(), headers=[*headers[:2], ("content-length", "9" * 5000)], body=b"{}").status == 413
+
+
 def test_a_body_that_does_not_arrive_is_not_waited_for():
     door = door_with()
     reply = ask(door, body=b'{"prompt"', unfinished=True, leave_after=0.3)

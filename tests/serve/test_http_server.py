@@ -6,6 +6,8 @@ import asyncio
 import json
 import random
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -228,6 +230,11 @@ def test_any_mix_of_failures_cancellations_and_disconnects_gives_everything_back
 
     statuses = in_process(scenario, parts)
     assert set(statuses) == {0, 200, 400, 429, 500}
+
+
+def test_the_flags_load_nothing_heavy():
+    code = "import sys, partwise.serve.http as http; http.HttpFlags(); print({'torch', 'transformers', 'fastapi', 'openai'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "set()\n"
 
 
 def test_nothing_of_the_model_is_changed_when_the_server_has_ended():

@@ -165,6 +165,9 @@ class Door:
             raise Refusal(
                 415, "not_json", f"got the content type {kind[:60].decode('latin-1')!r}, expected application/json. Set the header Content-Type."
             )
+        announced = headers.get(b"content-length", [b""])[0]
+        if announced.isdigit() and int(announced[:20]) > self.settings.max_body_bytes:
+            raise too_large(self.settings.max_body_bytes)
         if self.num_reading >= MAX_READING:
             raise Refusal(429, "too_many_uploads", f"{MAX_READING} bodies are being read already. Try again in 1 s.", headers={"Retry-After": "1"})
         self.num_reading += 1
@@ -208,6 +211,11 @@ class Door:
                 self.turnstile.end_turn(lease)
 
 
+def too_large(limit: int) -> Refusal:
+    """A body above the limit."""
+    return Refusal(413, "body_too_large", f"got more than {limit:,} bytes, expected at most as many. Shorten the prompt, or raise --max-body-kib.")
+
+
 class _Gone(Exception):
     """The client left."""
 
@@ -226,9 +234,7 @@ class _Body:
         while not self._is_read:
             chunk = await self._next()
             if self._count > limit:
-                raise Refusal(
-                    413, "body_too_large", f"got more than {limit:,} bytes, expected at most as many. Shorten the prompt, or raise --max-body-kib."
-                )
+                raise too_large(limit)
             chunks.append(chunk)
         return b"".join(chunks)
 

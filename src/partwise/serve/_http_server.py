@@ -178,7 +178,7 @@ def address_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
 
 
-class _Server(uvicorn.Server):  # type: ignore[misc]
+class _Server(uvicorn.Server):
     """Ends what is being answered when it ends, instead of waiting for it."""
 
     def __init__(self, config: Any, parts: Parts) -> None:
