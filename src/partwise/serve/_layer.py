@@ -16,6 +16,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from partwise.checks import InputError, RunError
 from partwise.serve._plain_store import PlainStore
+from partwise.serve._scores import attention, chunks, visible_tokens
 from partwise.serve._slots import Slots
 from partwise.serve.rule import Cached, EvictionRule, Limits, Observation
 
@@ -42,20 +43,24 @@ class Shared:
         Configuration of the model's decoder.
     modules : WeakSet
         Modules of the model: attention of another one is refused.
-    mask_width : int or None
-        Columns of the mask that the model made for the present call.
+    masked_at : int or None
+        Tokens that had passed when the model last made a mask: another one is a user's own.
+    waiting : bool
+        A layer has added tokens, and the model's attention has not come back to it.
     """
 
     config: Any
     modules: weakref.WeakSet[Any]
-    mask_width: int | None = None
+    masked_at: int | None = None
+    waiting: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
         """A copied cache serves the same model."""
-        return memo.setdefault(id(self), Shared(self.config, self.modules, self.mask_width))
+        copied: Shared = memo.setdefault(id(self), Shared(self.config, self.modules, self.masked_at, self.waiting))
+        return copied
 
 
-class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]
+class BudgetedLayer(CacheLayerMixin):
     """Keys and values of one layer, never more than ``budget`` tokens a head between two calls.
 
     Parameters
@@ -103,18 +108,18 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]
         self._tokens: Tensor | None = None
         self._observed: Tensor | None = None
         self._queries: list[Tensor] = []
-        self._scale: tuple[float, float | None] = (1.0, None)
-        self._waiting = self._broken = False
+        self._scale: dict[str, Any] = {}
+        self._broken = self.shared.waiting = False
 
     # What transformers asks ---------------------------------------------------------------------------------------------------------------------------
 
     @property
-    def keys(self) -> Tensor | None:  # type: ignore[override]
+    def keys(self) -> Tensor | None:
         """Keys of the cached tokens, (batch, kv_heads, slots, dim)."""
         return None if self.store is None else self.store.read()[0]
 
     @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
+    def values(self) -> Tensor | None:
         """Values of the cached tokens, (batch, kv_heads, slots, dim)."""
         return None if self.store is None else self.store.read()[1]
 
@@ -133,7 +138,7 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add tokens and return all keys and values; the attention function must find its way back here."""
-        if self._broken or self._waiting:
+        if self._broken or self.shared.waiting:
             raise self._lost()
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -145,15 +150,17 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]
                 f"got a batch of {key_states.shape[0]} rows for a cache that holds {len(self._tokens)}, expected as many. "
                 "Call cache.reset(), or make a cache for each batch size.",
             )
+        self._broken = self.shared.waiting = True
         self.store.append(key_states, value_states)
-        self._waiting = True
         keys, values = self.store.read()
+        if key_states.requires_grad:
+            keys, values = _NoWayBack.apply(keys, values, key_states)  # type: ignore[no-untyped-call]
         setattr(keys, MARK, self)
         return keys, values
 
     def _lost(self) -> RunError:
         name = self.shared.config._attn_implementation
-        if self._broken:
+        if not self.shared.waiting:
             return RunError(
                 "cache-interrupted", "got a cache whose last call failed half-way, expected a whole one. Call cache.reset() and start anew."
             )
@@ -197,6 +204,8 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]
         """Keep these rows of the batch."""
         if indices.dtype == torch.bool:
             indices = indices.nonzero().flatten()
+        with torch.no_grad():
+            self._flush()  # the longest row may be gone, and the next eviction further off
         self._select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -210,8 +219,7 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]
         rows = rows.to(self.device)
         self.store.select_rows(rows)
         self.positions.select_rows(rows)
-        if self.rule.channels:
-            self.record.select_rows(rows)
+        self.record.select_rows(rows)
         self._tokens, self._observed = self._tokens[rows], self._observed[rows]
         self._real = None if self._real is None else self._real[rows]
         self._queries = [query[rows] for query in self._queries]
@@ -240,15 +248,17 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def attend(self, base: Callable[..., Any], kernel: str, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
         """What the model's attention returns for the tokens that `update` added; then notes and evicts."""
-        self._waiting, self._broken = False, True
+        self.shared.waiting = False
         self._check_caller(module, mask)
-        self._add_notes(_real_tokens(mask, query.shape[2]), key[:, :, -query.shape[2] :])
+        self._add_tokens(_real_tokens(mask, query.shape[2]), query.shape[2])
         output = base(module, query, key, value, self._mask(mask, query, kernel), **kwargs)
         scaling = kwargs.get("scaling")
-        self._scale = (query.shape[-1] ** -0.5 if scaling is None else scaling, kwargs.get("softcap"))
+        self._scale = {"scaling": query.shape[-1] ** -0.5 if scaling is None else scaling, "softcap": kwargs.get("softcap")}
         with torch.no_grad():
+            if not isinstance(self.store, PlainStore):
+                self._write_notes(key[:, :, -query.shape[2] :])  # as long as the store has them unpacked
             self._watch(query.detach())
-            if self._longest > self.budget:
+            if self.num_slots > self.budget:
                 self._evict(query.detach()[:, :, -1:])
             assert self.store is not None
             self.store.settle()
@@ -260,42 +270,52 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]
         if module not in self.shared.modules:
             raise InputError(
                 "cache-other-model",
-                f"got {type(module).__name__} of another model, expected the one that the cache was made for. Make another cache.",
+                f"got {type(module).__name__} of another model, expected the one that the cache was made for. "
+                "Make another cache, and call reset() on this one.",
             )
-        if self.evictions and mask is not None and mask.ndim == 4 and mask.shape[-1] != self.shared.mask_width:
+        if mask is not None and mask.ndim == 4 and self.evictions and self.shared.masked_at != self.seen:
             raise InputError(
                 "cache-custom-mask",
                 f"got a mask of {mask.shape[-1]} columns for {self.num_slots} cached tokens, expected none of your own once tokens have left: "
                 "its columns mean nothing any more. Pass a mask of shape (batch, tokens), or none.",
             )
 
-    def _add_notes(self, real: Tensor | None, new_keys: Tensor) -> None:
-        """Number the new tokens and start their records."""
+    def _add_tokens(self, real: Tensor | None, new: int) -> None:
+        """Count the new tokens."""
+        self.seen += new
+        if self._real is None and real is None:
+            self._longest = self.num_slots
+            return
+        batch, old = self.batch_size, self.num_slots - new
+        before = torch.ones(batch, old, dtype=torch.bool, device=self.device) if self._real is None else self._real
+        real = torch.ones(batch, new, dtype=torch.bool, device=self.device) if real is None else real.expand(batch, new)
+        self._real = torch.cat([before, real], dim=1)  # (batch, slots)
+        self._longest = int(self._real.sum(dim=1).max())
+
+    def _write_notes(self, keys: Tensor | None = None) -> None:
+        """Number the tokens that have no number yet, and start their records."""
+        assert self.store is not None
         assert self._tokens is not None
-        batch, heads, new, _ = new_keys.shape
-        before, real = self._real, None if real is None else real.expand(batch, new)
-        if real is None:
-            positions = self._tokens[:, None] + torch.arange(new, device=new_keys.device)  # (batch, new)
+        new = self.num_slots - self.positions.num_slots
+        if new == 0:
+            return
+        keys = self.store.read_keys()[:, :, -new:] if keys is None else keys
+        if self._real is None:
+            positions = self._tokens[:, None] + torch.arange(new, device=self.device)  # (batch, new)
             self._tokens = self._tokens + new
         else:
+            real = self._real[:, -new:]
             positions = (self._tokens[:, None] + real.cumsum(dim=1) - 1).masked_fill(~real, -1)
             self._tokens = self._tokens + real.sum(dim=1)
-        old = self.num_slots - new
-        if before is not None or real is not None:
-            before = torch.ones(batch, old, dtype=torch.bool, device=new_keys.device) if before is None else before
-            real = torch.ones_like(before[:, :1]).expand(-1, new) if real is None else real
-            self._real = torch.cat([before, real], dim=1)  # (batch, slots)
-        self._longest = self.num_slots if self._real is None else int(self._real.sum(dim=1).max())
-        spread = positions.to(torch.int32)[:, None].expand(batch, heads, new)
+        spread = positions.to(torch.int32)[:, None].expand(*keys.shape[:2], new)
         self.positions.append(spread)
         if self.rule.channels:
-            self.record.append(self.rule.initial(new_keys, spread))
-        self.seen += new
+            self.record.append(self.rule.initial(keys, spread))
 
     def _mask(self, mask: Any, query: Tensor, kernel: str) -> Any:
         """The model's own mask as long as nothing has left, then one made of the slots that hold tokens."""
         new, slots = query.shape[2], self.num_slots
-        if not self.evictions:
+        if slots == self.seen:
             fits = new in {1, slots} if mask is None else mask.shape[-1] == slots
             if fits:
                 return mask
@@ -322,98 +342,99 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]
         if num_watched <= 0:
             return
         if new == 1:
-            self._queries.append(query.clone())
+            self._queries.append(query if query.untyped_storage().nbytes() == query.nbytes else query.clone())
             if len(self._queries) >= self.score_chunk:
                 self._flush()
             return
         self._flush(self.num_slots - new)
-        for start in range(new - num_watched, new, self.score_chunk):
-            chunk = query[:, :, start : start + self.score_chunk]
-            self._score(chunk, self.num_slots - new + start + chunk.shape[2])
+        self._score(query, new - num_watched)
 
     def _flush(self, end: int | None = None) -> None:
         if self._queries:
-            self._score(torch.cat(self._queries, dim=2), self.num_slots if end is None else end)
-            self._queries = []
+            query, self._queries = torch.cat(self._queries, dim=2), []
+            self._score(query, 0, end)
 
-    def _logits(self, query: Tensor, end: int) -> Tensor:
-        """Products of queries with the keys of the first slots, (batch, kv_heads, group, queries, slots)."""
+    def _keys(self) -> Tensor:
+        """Keys of all slots in the precision of scores."""
         assert self.store is not None
-        keys = self.store.read_keys()[:, :, :end]
-        (batch, heads, new, dim), kv_heads = query.shape, keys.shape[1]
-        scaling, softcap = self._scale
-        grouped = (query.to(torch.float32) * scaling).reshape(batch, kv_heads, heads // kv_heads * new, dim)
-        logits = grouped @ keys.to(torch.float32).transpose(-1, -2)
-        if softcap is not None:
-            logits = (logits / softcap).tanh_() * softcap
-        return logits.view(batch, kv_heads, heads // kv_heads, new, end)
+        return self.store.read_keys().to(torch.float32)
 
-    def _score(self, query: Tensor, end: int) -> None:
-        """Show the rule what queries look at; the last of them belongs to slot ``end - 1``."""
+    def _score(self, query: Tensor, start: int, end: int | None = None) -> None:
+        """Show the rule what queries look at, from number ``start`` on; the last of all belongs to slot ``end - 1``."""
+        self._write_notes()
+        keys, new = self._keys(), query.shape[2]
+        offset = (self.num_slots if end is None else end) - new
+        for first, last in chunks(start, new, score_chunk=self.score_chunk, row=query.shape[0] * query.shape[1] * self.num_slots):
+            self._show(query[:, :, first:last], keys[:, :, : offset + last])
+
+    def _show(self, query: Tensor, keys: Tensor) -> None:
         assert self._tokens is not None
         assert self._observed is not None
-        logits, device, new = self._logits(query, end), query.device, query.shape[2]
-        own = torch.arange(end - new, end, device=device)  # (queries,)
-        visible = None
-        if new > 1:
-            visible = (torch.arange(end, device=device) <= own[:, None])[None]  # (1, queries, slots)
-        if self._real is None:
-            num_visible = (own + 1).expand(query.shape[0], new)  # (batch, queries)
-            filled = torch.full_like(self._tokens, self.num_slots)
-        else:
-            visible = self._real[:, None, :end] if visible is None else visible & self._real[:, None, :end]
-            num_visible = self._real[:, :end].cumsum(dim=1)[:, -new:]
-            filled = self._real.sum(dim=1)
-        if visible is not None:
-            logits.masked_fill_(~visible[:, None, None], -torch.inf)
-        counted = torch.ones(num_visible.shape, device=device) if self._real is None else self._real[:, end - new : end].to(torch.float32)
+        new, end = query.shape[2], keys.shape[2]
+        real = None if self._real is None else self._real[:, :end]
+        num_visible = visible_tokens(real, batch=query.shape[0], new=new, slots=end, device=query.device)
+        filled = torch.full_like(self._tokens, self.num_slots) if self._real is None else self._real.sum(dim=1)
+        counted = torch.ones(num_visible.shape, device=query.device) if real is None else real[:, end - new :].to(torch.float32)
         if self.rule.horizon is not None:
             due = filled.clamp(min=self.budget + 1)[:, None] - num_visible
             counted = counted * (due < self.rule.horizon)
         step = (self._tokens - filled)[:, None] + num_visible
-        seen = Observation(logits, visible, num_visible.to(torch.float32), counted, step, self._observed)
+        seen = Observation(attention(query, keys, real, **self._scale), num_visible.to(torch.float32), counted, step, self._observed)
         record = self.record.values[:, :, :end]
-        record.copy_(self.rule.observe(record, seen, self.limits))
+        noted = self.rule.observe(record, seen, self.limits)
+        if noted is not record:
+            record.copy_(noted)
         self._observed = step[:, -1]
 
     # Evicting -----------------------------------------------------------------------------------------------------------------------------------------
 
     def _evict(self, query: Tensor) -> None:
-        """Let the most dispensable tokens of full rows go."""
+        """Let the most dispensable tokens of full rows go, and padding everywhere."""
         assert self.store is not None
         self._flush()
-        positions = self.positions.values  # (batch, kv_heads, slots)
-        badness = self._guard(self.rule.badness(Cached(self.record.values if self.rule.channels else positions[..., None], positions), self.limits))
-        weights = self._weights(query) if self.limits.drop >= FEW or self.evictions % SELDOM == 0 else None
-        self.evictions += 1
+        self._write_notes()
+        positions, weights = self.positions.values, None  # (batch, kv_heads, slots)
+        badness = torch.zeros(positions.shape, device=positions.device)
+        if self._longest > self.budget:
+            badness = self.rule.badness(Cached(self.record.values if self.rule.channels else positions[..., None], positions), self.limits)
+            if self.limits.drop >= FEW or self.evictions % SELDOM == 0:
+                weights = attention(query, self._keys(), self._real, **self._scale)[..., 0, :]  # (batch, kv_heads, group, slots)
+            self.evictions += 1
+        badness = self._guard(badness)
         if self._real is None and self.limits.drop == 1 and self.num_slots == self.budget + 1 and isinstance(self.store, PlainStore):
             self._drop_one(badness, weights)
-            return
+        else:
+            self._drop(badness, weights)
+        self._longest = self.num_slots
+
+    def _guard(self, badness: Tensor) -> Tensor:
+        """Tokens that must stay are the best, empty slots the worst."""
+        assert self._tokens is not None
+        positions, first = self.positions.values, self.rule.num_sinks
+        stays = positions >= (self._tokens - self.limits.recent)[:, None, None]
+        if self.pinned == tuple(range(len(self.pinned))):
+            first = max(first, len(self.pinned))
+        else:
+            stays |= torch.isin(positions, torch.tensor(self.pinned, dtype=positions.dtype, device=positions.device))
+        if first:
+            stays |= positions < first
+        badness = badness.masked_fill(stays, -torch.inf)
+        return badness if self._real is None else badness.masked_fill(positions < 0, torch.inf)
+
+    def _drop(self, badness: Tensor, weights: Tensor | None) -> None:
+        """Full rows shrink by as many tokens as the rule says, the others give up empty slots."""
+        assert self.store is not None
         kept, vacant = self._choose(badness)
         self.store.keep(kept)
         self.positions.keep(kept)
         if self.rule.channels:
             self.record.keep(kept)
         if weights is not None:
-            index = kept[:, :, None].expand(*weights.shape[:3], kept.shape[2])
-            present = weights.gather(3, index) if vacant is None else weights.gather(3, index).masked_fill(vacant[:, None, None], 0.0)
-            self._add_mass(present.sum(dim=3))
+            present = weights.gather(3, kept[:, :, None].expand(*weights.shape[:3], kept.shape[2]))
+            self._add_mass((present if vacant is None else present.masked_fill(vacant[:, None, None], 0.0)).sum(dim=3))
         if vacant is not None:
             self.positions.values.masked_fill_(vacant[:, None], -1)
         self._real = None if vacant is None else ~vacant
-        self._longest = self.num_slots
-
-    def _guard(self, badness: Tensor) -> Tensor:
-        """Tokens that must stay are the best, empty slots the worst."""
-        assert self._tokens is not None
-        positions = self.positions.values
-        stays = positions >= (self._tokens - self.limits.recent)[:, None, None]
-        if self.rule.num_sinks:
-            stays |= positions < self.rule.num_sinks
-        if self.pinned:
-            stays |= torch.isin(positions, torch.tensor(self.pinned, dtype=positions.dtype, device=positions.device))
-        badness = badness.masked_fill(stays, -torch.inf)
-        return badness if self._real is None else badness.masked_fill(positions < 0, torch.inf)
 
     def _choose(self, badness: Tensor) -> tuple[Tensor, Tensor | None]:
         """Slots to keep, (batch, kv_heads, kept), and which of them are empty from now on, (batch, kept): the first ones of short rows."""
@@ -434,7 +455,7 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]
         return chosen.gather(-1, in_order), vacant
 
     def _drop_one(self, badness: Tensor, weights: Tensor | None) -> None:
-        """One token leaves every head, and the newest takes its slot."""
+        """One token leaves every head, and the newest takes its slot: slots are no longer in the order of the text."""
         assert isinstance(self.store, PlainStore)
         positions = self.positions.values
         worst = badness == badness.amax(dim=-1, keepdim=True)
@@ -447,14 +468,6 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]
             self.record.swap_out(slot)
             if self.rule.forgets(self.limits):
                 self.record.values.zero_()
-        self._longest = self.num_slots
-
-    def _weights(self, query: Tensor) -> Tensor:
-        """Attention of the last query, (batch, kv_heads, group, slots)."""
-        logits = self._logits(query, self.num_slots)[:, :, :, 0]
-        if self._real is not None:
-            logits = logits.masked_fill(~self._real[:, None, None], -torch.inf)
-        return logits.softmax(dim=-1).nan_to_num(0.0)
 
     def _add_mass(self, mass: Tensor) -> None:
         mean = mass.mean()
@@ -465,7 +478,13 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def tokens_of_row(self, row: int) -> int:
         """Tokens of a row that passed, without padding."""
+        self._write_notes()
         return 0 if self._tokens is None else int(self._tokens[row])
+
+    def numbers(self) -> Tensor:
+        """Numbers of the cached tokens, (batch, kv_heads, slots), int64, ascending; -1 where a slot is empty."""
+        self._write_notes()
+        return self.positions.values.sort(dim=-1).values.to(torch.int64)
 
     @property
     def nbytes(self) -> int:
@@ -474,6 +493,21 @@ class BudgetedLayer(CacheLayerMixin):  # type: ignore[misc]
             return 0
         notes = self.positions.nbytes + self.record.nbytes + sum(query.untyped_storage().nbytes() for query in self._queries)
         return self.store.nbytes + notes + (0 if self._real is None else self._real.nbytes)
+
+
+class _NoWayBack(torch.autograd.Function):
+    """Cached keys and values, through which no gradient flows: says so instead of leaving it out in silence."""
+
+    @staticmethod
+    def forward(ctx: Any, keys: Tensor, values: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+        return keys.clone(), values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise InputError(
+            "cache-no-gradient",
+            "got a backward pass through a cache with a budget, expected none: tokens that left it have no gradient. Train without past_key_values.",
+        )
 
 
 def _real_tokens(mask: Any, new: int) -> Tensor | None:

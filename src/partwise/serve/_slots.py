@@ -81,9 +81,9 @@ class Slots:
 
     def select_rows(self, rows: Tensor) -> None:
         """Rows of the batch, in this order; a row may occur several times or not at all."""
-        assert self._buffer is not None
-        with torch.inference_mode(False):
-            self._buffer = self._buffer.index_select(0, rows.to(self._buffer.device))
+        if self._buffer is not None:
+            with torch.inference_mode(False):
+                self._buffer = self._buffer.index_select(0, rows.to(self._buffer.device))
 
     def to(self, device: torch.device | str) -> None:
         """Move to another device."""

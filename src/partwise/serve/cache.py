@@ -86,7 +86,7 @@ class CacheReport:
     mass_kept: float | None
 
 
-class BudgetedCache(Cache):  # type: ignore[misc]
+class BudgetedCache(Cache):
     """A cache that holds at most ``budget`` tokens per layer, row and key head, however long the text gets.
 
     Pass it as ``past_key_values`` to ``model.generate`` or to the model. One cache may serve several calls one after the other, as turns of a
@@ -189,8 +189,8 @@ class BudgetedCache(Cache):  # type: ignore[misc]
             if budget < least or limits.drop >= budget:
                 raise InputError(
                     "cache-budget",
-                    f"got a budget of {budget} tokens, expected at least {least}: {limits.recent} recent, {kept} pinned, and {limits.drop} that may leave at once. "
-                    "Raise budget, or lower recent, num_sinks, pinned or drop.",
+                    f"got a budget of {budget} tokens, expected at least {least}: {limits.recent} recent, {kept} pinned, and {limits.drop} that may "
+                    "leave at once. Raise budget, or lower recent, num_sinks, pinned or drop.",
                 )
 
     def __repr__(self) -> str:
@@ -202,7 +202,7 @@ class BudgetedCache(Cache):  # type: ignore[misc]
         """As transformers asks; noted, to tell its masks from a user's."""
         sizes: tuple[int, int] = super().get_mask_sizes(query_length, layer_idx)
         if isinstance(self.layers[layer_idx], BudgetedLayer):
-            self._shared.mask_width = sizes[0]
+            self._shared.masked_at = self.seen
         return sizes
 
     @property
@@ -235,7 +235,7 @@ class BudgetedCache(Cache):  # type: ignore[misc]
                 f"got layer {layer}, which holds no tokens under a budget, expected one of "
                 f"{[index for index, other in enumerate(self.layers) if isinstance(other, BudgetedLayer)]} after a call. Run the model first.",
             )
-        return chosen.positions.values.sort(dim=-1).values.to(torch.int64)
+        return chosen.numbers()
 
     def max_bytes(self, batch_size: int = 1, *, num_beams: int = 1) -> int:
         """Bytes that layers with a budget never exceed between two calls of the model.
@@ -385,7 +385,7 @@ def _decoder_config(model: Any) -> Any:
     if model.config.is_encoder_decoder:
         raise _unsupported(type(model).__name__, "it has an encoder and a decoder")
     config = model.config.get_text_config(decoder=True)
-    if getattr(config, "kv_sharing_modes", None) is not None or getattr(config, "num_kv_shared_layers", 0):
+    if getattr(config, "kv_sharing_modes", None) is not None or bool(getattr(config, "num_kv_shared_layers", False)):
         raise _unsupported(type(model).__name__, "some of its layers share keys and values")
     return config
 

@@ -47,7 +47,7 @@ class H2O(EvictionRule):
 
     def observe(self, record: Tensor, seen: Observation, limits: Limits) -> Tensor:
         """Add up what each token gets."""
-        return record + seen.total(seen.weights())[..., None]
+        return record + seen.total()[..., None]
 
     def badness(self, cached: Cached, limits: Limits) -> Tensor:
         """The less attention the worse."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -50,7 +50,11 @@ class _PivotalTokens(EvictionRule):
     place: int
     recent: int | float = 0
     drop: int | float = 1
-    record_dtype: ClassVar[torch.dtype] = torch.bool
+
+    @property
+    def record_dtype(self) -> torch.dtype:
+        """Yes or no."""
+        return torch.bool
 
     @property
     def channels(self) -> int:

@@ -25,10 +25,9 @@ class Observation:
 
     Parameters
     ----------
-    logits : Tensor of shape (batch, kv_heads, group, queries, slots), float32
-        Scaled products of queries and keys, minus infinity where a query does not see a slot; group: query heads that share a key head.
-    visible : Tensor of shape (batch, queries, slots), bool, or None
-        Which slots a query sees; None: all of them.
+    weights : Tensor of shape (batch, kv_heads, group, queries, slots), float32
+        Attention, zero where a query does not see a slot; group: query heads that share a key head. The last query belongs to the last slot, the one before
+        it to the slot before. A rule may write over them.
     num_visible : Tensor of shape (batch, queries), float32
         Number of tokens that a query sees, itself included.
     counted : Tensor of shape (batch, queries), float32
@@ -39,42 +38,45 @@ class Observation:
         The same for the last query that was observed before, 0 at the start.
     """
 
-    logits: Tensor
-    visible: Tensor | None
+    weights: Tensor
     num_visible: Tensor
     counted: Tensor
     step: Tensor
     previous_step: Tensor
 
-    def weights(self) -> Tensor:
-        """Attention, (batch, kv_heads, group, queries, slots); zero for queries that do not count."""
-        weights = self.logits.softmax(dim=-1)
-        if self.visible is not None:
-            weights = weights.nan_to_num(0.0)  # a query of padding sees nothing
-        return weights * self.counted[:, None, None, :, None]
+    def total(self) -> Tensor:
+        """Attention that each slot gets from counted queries and all heads of a group, (batch, kv_heads, slots)."""
+        return self._weighted(self.weights, self.counted[:, None])[:, :, 0]
 
     def above_average(self) -> Tensor:
         """Which slots got more than one over the number of visible tokens, (batch, kv_heads, group, queries, slots), bool."""
-        return self.logits > self._average(TIES)
+        return self.weights > self._average(1.0 + TIES)
 
-    def below_average(self) -> Tensor:
-        """Which visible slots got less than one over the number of visible tokens, (batch, kv_heads, group, queries, slots), bool."""
-        low = self.logits < self._average(-TIES)
-        return low if self.visible is None else low & self.visible[:, None, None]
+    def times_below_average(self, factors: Tensor) -> Tensor:
+        """How often visible slots got less than one over the number of visible tokens. Writes over the weights: memory is what scoring takes time for.
 
-    def _average(self, shift: float) -> Tensor:
-        """Logit of average attention, without forming the weights."""
-        normaliser = self.logits.logsumexp(dim=-1, keepdim=True)  # (batch, kv_heads, group, queries, 1)
-        return normaliser - self.num_visible.clamp(min=1).log()[:, None, None, :, None] + shift
+        Parameters
+        ----------
+        factors : Tensor of shape (batch, kinds, queries)
+            What a query counts for, in each of some kinds of counts.
 
-    def total(self, values: Tensor) -> Tensor:
-        """Sum over counted queries and the heads of a group: (batch, kv_heads, group, queries, slots) to (batch, kv_heads, slots)."""
-        return self.weighted(values, self.counted)
+        Returns
+        -------
+        Tensor of shape (batch, kv_heads, kinds, slots)
+            Sums over queries and the heads of a group. Empty slots have no true value.
+        """
+        group, queries = self.weights.shape[2:4]
+        low = torch.lt(self.weights, self._average(1.0 - TIES), out=self.weights)
+        times = self._weighted(low, factors)
+        times[..., -queries:] -= group * (factors.cumsum(dim=-1) - factors)[:, None]  # queries that came before a slot did not see it
+        return times
 
-    @staticmethod
-    def weighted(values: Tensor, factors: Tensor) -> Tensor:
-        """As `total`, with a factor of shape (batch, queries) for each query."""
-        return (factors[:, None, None, None, :] @ values.to(torch.float32)).sum(dim=(2, 3))
+    def _average(self, factor: float) -> Tensor:
+        return factor / self.num_visible.clamp(min=1)[:, None, None, :, None]
+
+    def _weighted(self, values: Tensor, factors: Tensor) -> Tensor:
+        """Sums over queries and heads of a group, with factors (batch, kinds, queries): to (batch, kv_heads, kinds, slots)."""
+        return factors.repeat(1, 1, values.shape[2])[:, None] @ values.flatten(2, 3)
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,6 @@ class EvictionRule(abc.ABC):
     drop: int | float = 0.5
 
     num_channels: ClassVar[int] = 0
-    record_dtype: ClassVar[torch.dtype] = torch.float32
 
     def __post_init__(self) -> None:
         _check_share("recent", self.recent, lowest=0)
@@ -140,6 +141,11 @@ class EvictionRule(abc.ABC):
     def channels(self) -> int:
         """Numbers that are noted for every slot."""
         return self.num_channels
+
+    @property
+    def record_dtype(self) -> torch.dtype:
+        """How they are stored."""
+        return torch.float32
 
     def forgets(self, limits: Limits) -> bool:
         """Whether the record starts afresh after an eviction."""

@@ -50,11 +50,15 @@ class Scissorhands(EvictionRule):
 
     window: int = 400
     num_channels: ClassVar[int] = 2  # the present half of the window, the one before
-    record_dtype: ClassVar[torch.dtype] = torch.int16
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self.window, 1, name="window")
+
+    @property
+    def record_dtype(self) -> torch.dtype:
+        """The heads of a group add up to 32 counts a step."""
+        return torch.int16 if self.window < 1024 else torch.int32
 
     @property
     def horizon(self) -> int:
@@ -67,19 +71,22 @@ class Scissorhands(EvictionRule):
 
     def observe(self, record: Tensor, seen: Observation, limits: Limits) -> Tensor:
         """Count the steps that left a token below the average."""
-        low = seen.below_average()  # (batch, kv_heads, group, queries, slots)
         if self.forgets(limits):
-            return torch.stack([record[..., 0] + seen.total(low), record[..., 1]], dim=-1)
+            record[..., 0] += self._times(seen, seen.counted[:, None])[:, :, 0]
+            return record
         half = (self.window + 1) // 2
         part = (seen.step - 1).div(half, rounding_mode="floor")  # (batch, queries)
         newest = part.amax(dim=1)  # (batch,)
         passed = (newest - (seen.previous_step - 1).div(half, rounding_mode="floor"))[:, None, None]
         now, before = record.unbind(dim=-1)
-        before = torch.where(passed == 0, before, torch.where(passed == 1, now, 0))
-        now = torch.where(passed == 0, now, 0)
-        now = now + seen.weighted(low, seen.counted * (part == newest[:, None]))
-        before = before + seen.weighted(low, seen.counted * (part == newest[:, None] - 1))
-        return torch.stack([now, before], dim=-1)
+        before.copy_(torch.where(passed == 0, before, torch.where(passed == 1, now, 0)))
+        now.masked_fill_(passed > 0, 0)
+        age = (newest[:, None] - part)[:, None] == torch.arange(2, device=part.device)[:, None]  # (batch, 2, queries)
+        record += self._times(seen, age * seen.counted[:, None]).transpose(2, 3)
+        return record
+
+    def _times(self, seen: Observation, factors: Tensor) -> Tensor:
+        return seen.times_below_average(factors).to(self.record_dtype)
 
     def badness(self, cached: Cached, limits: Limits) -> Tensor:
         """How often a token was ignored."""

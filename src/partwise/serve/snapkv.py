@@ -66,7 +66,7 @@ class SnapKV(EvictionRule):
 
     def observe(self, record: Tensor, seen: Observation, limits: Limits) -> Tensor:
         """Add up what each token gets from the window."""
-        return record + seen.total(seen.weights())[..., None]
+        return record + seen.total()[..., None]
 
     def badness(self, cached: Cached, limits: Limits) -> Tensor:
         """The less attention around it the worse; slots are in the order of the text."""

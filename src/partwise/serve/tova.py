@@ -45,7 +45,7 @@ class TOVA(EvictionRule):
 
     def observe(self, record: Tensor, seen: Observation, limits: Limits) -> Tensor:
         """What the last query looks at, the same for all heads; rows whose turn it is not keep what they have."""
-        attention = seen.total(seen.weights()).mean(dim=1, keepdim=True)  # (batch, 1, slots)
+        attention = seen.total().mean(dim=1, keepdim=True)  # (batch, 1, slots)
         asked = (seen.counted.sum(dim=1) > 0)[:, None, None]
         return attention.where(asked, record[..., 0])[..., None]
 
