@@ -11,10 +11,11 @@ from partwise.serve._packing import Packed, check_packable, pack, pair_bytes, un
 __all__ = ["PackedStore"]
 
 FIRST = 64  # slots that are allocated at least, where the limit allows as many
+TOGETHER = 4  # slots that are packed at once while tokens come one by one, which costs little more than one
 
 
 class PackedStore:
-    """Keys and values in slots. A slot is packed when it is no longer among the last ``residual``, and is never packed again: eviction copies bytes.
+    """Keys and values in slots. A slot is packed by the time it is no longer among the last ``residual``, and is never packed again: eviction copies bytes.
 
     What is appended waits in the model's own dtype until `settle`, so that attention sees it as it is, and a long prompt can be cut down by `keep` before
     anything of it is packed. No gradient flows through a store.
@@ -26,7 +27,8 @@ class PackedStore:
     bits : {4, 8}
         Width of a code.
     residual : int
-        Slots that stay in the model's own dtype, the last ones. There are fewer after a `keep` that dropped some of them.
+        Slots that stay in the model's own dtype, the last ones; up to three of them may be packed already, and there are fewer after a `keep` that dropped
+        some.
     """
 
     moves_single_slots = False
@@ -67,24 +69,32 @@ class PackedStore:
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Keys and values of all slots, (batch, kv_heads, slots, dim) each, in the model's dtype."""
-        tail = self._recent()
-        if not self._num_packed:
-            return tail[0], tail[1]
-        _, batch, heads, _, dim = tail.shape
-        out = tail.new_empty(2, batch, heads, self.num_slots, dim)
-        unpack_into(out[:, :, :, : self._num_packed], self._used())
-        out[:, :, :, self._num_packed :] = tail
-        return out[0], out[1]
+        keys, values = self._read(2)
+        return keys, values
 
     def read_keys(self) -> Tensor:
         """Keys of all slots, (batch, kv_heads, slots, dim)."""
-        return self.read()[0]
+        return self._read(1)[0]
+
+    def _read(self, kinds: int) -> Tensor:
+        tail = self._recent()[:kinds]
+        if not self._num_packed:
+            return tail
+        _, batch, heads, _, dim = tail.shape
+        out = tail.new_empty(kinds, batch, heads, self.num_slots, dim)
+        unpack_into(out[:, :, :, : self._num_packed], self._used())
+        out[:, :, :, self._num_packed :] = tail
+        return out
 
     def settle(self) -> None:
-        """Pack all slots but the last ``residual``."""
+        """Pack all slots but the last ``residual``, and a few of those where there is room, so that this has not to be done for every token."""
         tail = self._recent()
         num_new = tail.shape[3] - self.residual
         if num_new > 0:
+            together = min(TOGETHER, self.residual)
+            room = self.limit - self.residual - self._num_packed
+            if together > 1 and room > num_new:
+                num_new = min(-(-num_new // together) * together, room)
             self._write(pack(tail[:, :, :, :num_new], self.bits), start=self._num_packed)
             self._tail = tail[:, :, :, num_new:].clone()
         elif self._capacity + tail.shape[3] > self.limit:  # `keep` left fewer recent slots than there are again now

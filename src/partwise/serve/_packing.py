@@ -101,15 +101,19 @@ def unpack(packed: Packed, dtype: torch.dtype) -> Tensor:
 
 
 def unpack_into(out: Tensor, packed: Packed) -> None:
-    """Unpack into ``out`` (2, batch, heads, slots, dim), which may be a part of a larger tensor."""
-    codes, levels = packed.codes, 255
-    if len(codes) == 1:
-        codes, levels = torch.empty(2, *codes.shape[1:], dtype=torch.uint8, device=codes.device), 15
+    """Unpack into ``out`` (2, batch, heads, slots, dim), which may be a part of a larger tensor; only the keys into (1, batch, heads, slots, dim)."""
+    kinds, codes = len(out), packed.codes[: len(out)]
+    levels = 15 if len(packed.codes) == 1 else 255
+    if levels == 15:
+        codes = torch.empty(kinds, *packed.codes.shape[1:], dtype=torch.uint8, device=packed.codes.device)
         torch.bitwise_and(packed.codes[0], 15, out=codes[0])
-        torch.bitwise_right_shift(packed.codes[0], 4, out=codes[1])
-    half_range, minimum = packed.scales.float().unsqueeze(-1).chunk(2)  # (2, batch, heads, slots, groups, 1) each
+        if kinds == 2:
+            torch.bitwise_right_shift(packed.codes[0], 4, out=codes[1])
+    half_range, minimum = (
+        packed.scales.view(2, 2, *packed.scales.shape[1:])[:, :kinds].float().unsqueeze(-1)
+    )  # (kinds, batch, heads, slots, groups, 1) each
     group = out.shape[-1] // packed.scales.shape[-1]
-    grouped = _by_group(codes.float(), group).mul_(half_range.mul_(2 / levels))  # (2, batch, heads, slots, groups, group)
+    grouped = _by_group(codes.float(), group).mul_(half_range.mul_(2 / levels))  # (kinds, batch, heads, slots, groups, group)
     if out.dtype == torch.float16:  # a scale that was rounded upwards must not make an infinity
         out.copy_(grouped.add_(minimum).clamp_(-LARGEST, LARGEST).flatten(-2))
     else:
