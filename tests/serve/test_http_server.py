@@ -276,7 +276,15 @@ def test_a_server_that_ends_breaks_off_its_answers_and_refuses_who_waits():
 def test_a_model_whose_own_settings_ask_for_more_answers_as_asked():
     model = tiny_llama()
     model.generation_config.update(
-        num_beams=3, num_return_sequences=2, cache_implementation="static", max_length=9, return_dict_in_generate=True, do_sample=True
+        num_beams=3,
+        num_return_sequences=2,
+        cache_implementation="static",
+        max_length=9,
+        return_dict_in_generate=True,
+        do_sample=True,
+        guidance_scale=2.0,
+        prompt_lookup_num_tokens=3,
+        max_time=1e-9,
     )
     reply = in_process(lambda door: post(door, COMPLETION, {"prompt": PROMPT, "max_tokens": 12, "temperature": 0}), parts_of(model))
     assert reply.json["choices"][0]["text"] == expected_text(tiny_llama(), PROMPT, 12)
@@ -295,6 +303,24 @@ def test_a_template_that_refuses_the_roles_is_a_mistake_of_the_request(tmp_path:
     reply = in_process(lambda door: post(door, CHAT, {"messages": [{"role": "assistant", "content": "x"}]}), parts_of(chat_template=template))
     assert (reply.status, reply.code) == (400, "messages_refused")
     assert "users first" in reply.json["error"]["message"]
+
+
+@pytest.mark.parametrize("anchor", ["<assistant>", "<|im_start|>assistant\n"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_of_a_model_that_transformers_reads_by_its_type_does_not_repeat_the_prompt(anchor: str, stream: bool):
+    model, tokenizer = tiny_llama(), letter_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("<assistant>", "{{ " + repr(anchor) + " }}")
+    text = expected_text(model, f"<user>hello\n{anchor}", 9)
+    model.config.model_type = "qwen2"
+    parts = assemble(flags(), model, tokenizer, Scissorhands(), name=NAME)
+    body = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 9, "stream": stream}
+    reply = in_process(lambda door: post(door, CHAT, body), parts)
+    said = (
+        "".join(event["choices"][0]["delta"].get("content", "") for event in reply.events[:-1])
+        if stream
+        else reply.json["choices"][0]["message"]["content"]
+    )
+    assert said == text
 
 
 def test_what_cannot_be_served_is_refused_before_the_server_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

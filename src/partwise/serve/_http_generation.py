@@ -176,7 +176,7 @@ class BoundedGenerateManager(GenerateManager):
             elif result is None:
                 pieces.put_nowait(None)
 
-        self._begin(lease, model, inputs, gen_config, streamer, tell)
+        self._begin(lease, inputs, gen_config, streamer, tell)
         return pieces, streamer
 
     async def generate_non_streaming(self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str) -> tuple[str, int, Tensor]:
@@ -190,7 +190,7 @@ class BoundedGenerateManager(GenerateManager):
             if not answer.done():  # cancelled: nobody waits for it
                 answer.set_result(result)
 
-        self._begin(lease, model, inputs, gen_config, streamer, tell)
+        self._begin(lease, inputs, gen_config, streamer, tell)
         result = await answer
         if isinstance(result, Refusal):
             raise result
@@ -202,7 +202,7 @@ class BoundedGenerateManager(GenerateManager):
         """End the generating thread."""
         self._thread.stop()
 
-    def _begin(self, lease: Lease, model: Any, inputs: Any, config: Any, streamer: AnswerStreamer, tell: Callable[[Any], None]) -> None:
+    def _begin(self, lease: Lease, inputs: Any, config: Any, streamer: AnswerStreamer, tell: Callable[[Any], None]) -> None:
         """Reserve, generate on the other thread, and on this one give everything back, keep the conversation, and tell the result."""
         ids, loop = inputs["input_ids"], asyncio.get_running_loop()
         num_prompt = ids.shape[-1]
@@ -232,7 +232,7 @@ class BoundedGenerateManager(GenerateManager):
             result: Any = None
             try:
                 cache = found.cache if found else self.caches.new()
-                result = self._generate(lease, model, inputs, config, streamer, cache)
+                result = self._generate(lease, inputs, config, streamer, cache)
             except _GenerationCancelled:
                 pass
             except Exception:
@@ -249,9 +249,9 @@ class BoundedGenerateManager(GenerateManager):
             text = f"the prompt has {num_prompt:,} tokens, expected at most {self.max_prompt_tokens:,}. Shorten it, or start the server with a larger"
             raise Refusal(400, "context_length_exceeded", f"{text} --max-prompt-tokens; the model itself knows {self.context:,} positions.")
 
-    def _generate(self, lease: Lease, model: Any, inputs: Any, config: Any, streamer: AnswerStreamer, cache: Any) -> Tensor:
+    def _generate(self, lease: Lease, inputs: Any, config: Any, streamer: AnswerStreamer, cache: Any) -> Tensor:
         """Prompt and answer, (1, tokens)."""
-        seed = lease.accepted.seed
+        model, seed = self.caches.model, lease.accepted.seed
         # The seed of one request does not decide what others draw, and what a request's config leaves open the model's own does not fill in.
         devices = [model.device] if model.device.type == "cuda" else []
         with torch.random.fork_rng(devices, enabled=seed is not None), without_own_settings(model):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Request
@@ -12,11 +14,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from jinja2 import TemplateError
 from starlette.exceptions import HTTPException
+from transformers import GenerationConfig
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.server import build_server
+from transformers.cli.serving.utils import get_response_template
 
 from partwise.serve._http_generation import FAILED, OneManager, cut_at
 from partwise.serve._http_refusal import Refusal
@@ -26,12 +30,43 @@ if TYPE_CHECKING:
 
 __all__ = ["build_application", "quiet_handlers"]
 
-# What a model's own generation config may say and a request must not depend on: other caches, several answers, drafts, other results than tokens.
-_FORCED = {
-    "use_cache": True, "cache_implementation": None, "cache_config": None, "num_beams": 1, "num_return_sequences": 1, "prompt_lookup_num_tokens": None,
-    "assistant_early_exit": None, "max_length": None, "min_length": 0, "return_dict_in_generate": False, "output_scores": False, "output_logits": False,
-    "output_attentions": False, "output_hidden_states": False, "stop_strings": None, "max_time": None, "compile_config": None, "disable_compile": True,
-}  # fmt: skip
+# What a model's own generation config may decide. The rest stays out: other caches, several answers, drafts, guidance that runs the model a second time.
+_OWN = (
+    "bos_token_id", "eos_token_id", "pad_token_id", "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty",
+    "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Face:
+    """What the handlers look at of a model; the generating thread has the model itself.
+
+    Parameters
+    ----------
+    device : torch.device
+        Where it runs.
+    generation_config : GenerationConfig
+        Its own.
+    config : Any
+        With a ``model_type``, by which handlers choose how to read reasoning and tool calls out of an answer.
+    """
+
+    device: Any
+    generation_config: Any
+    config: Any
+
+
+def face_of(model: Any, tokenizer: Any) -> Face:
+    """The face of a model; without a type where the reading for that type does not fit the chat template, since it would repeat the prompt in the answer."""
+    reading = get_response_template(tokenizer, model)
+    anchors = [] if reading is None else reading.get("start_anchor", [])
+    asked = [{"role": "user", "content": "x"}]
+    try:
+        prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    except (TemplateError, ValueError):  # no template, or one that wants other messages
+        prompt = ""
+    fits = any(anchor in prompt for anchor in ([anchors] if isinstance(anchors, str) else anchors))
+    return Face(model.device, model.generation_config, SimpleNamespace(model_type=model.config.model_type if fits else ""))
 
 
 class OneModel(ModelManager):
@@ -47,11 +82,11 @@ class OneModel(ModelManager):
 
     def __init__(self, name: str, model: Any, tokenizer: Any) -> None:
         super().__init__(device="cpu")
-        self.name, self.model, self.tokenizer = name, model, tokenizer
+        self.name, self.face, self.tokenizer = name, face_of(model, tokenizer), tokenizer
 
     def load_model_and_processor(self, *_: Any, **__: Any) -> tuple[Any, Any]:
         """The model, whatever was asked for."""
-        return self.model, self.tokenizer
+        return self.face, self.tokenizer
 
     def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
         """The one entry of /v1/models."""
@@ -72,12 +107,11 @@ class _Closed:
             raise Refusal(400, "messages_refused", text) from None
 
     def _resolve_model(self, body: dict[str, Any]) -> tuple[str, Any, Any]:
-        return self.model_manager.name, self.model_manager.model, self.model_manager.tokenizer
+        return self.model_manager.name, self.model_manager.face, self.model_manager.tokenizer
 
     def _build_generation_config(self, body: dict[str, Any], model_generation_config: Any, use_cb: bool = False) -> Any:
-        config = super()._build_generation_config(body, model_generation_config, use_cb=use_cb)  # type: ignore[misc]
-        for name, value in _FORCED.items():
-            setattr(config, name, value)
+        own = {name: value for name in _OWN if (value := getattr(model_generation_config, name, None)) is not None}
+        config = super()._build_generation_config(body, GenerationConfig(**own), use_cb=use_cb)  # type: ignore[misc]
         if body.get("temperature") is not None or body.get("top_p") is not None:
             config.do_sample = body.get("temperature") != 0
         if not config.do_sample:
