@@ -24,7 +24,7 @@ from http_server import CHAT_TEMPLATE, NAME, calm, letter_tokenizer, tiny_llama
 from partwise.checks import InputError, RunError
 from partwise.serve._http_server import Parts, RunningServer, assemble
 from partwise.serve.http import HttpFlags, start_in_thread
-from partwise.serve.scissorhands import Scissorhands
+from partwise.serve.scissorhands import Scissorhands, ScissorhandsCache
 
 COMPLETION, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
 PROMPT = "def main():\n    return "
@@ -188,6 +188,29 @@ def test_the_next_turn_goes_on_with_the_cache_of_the_last_one():
     assert parts.manager.num_reused == len("one two") + 5  # the last token of an answer is not fed to the model
     assert answer == expected_text(model, longer, 6)
     assert len(parts.memory.conversations) == 1
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_two_turns_beyond_the_budget_are_those_of_generate_with_one_cache(bits: Any):
+    model, prompt = tiny_llama(head_dim=32), "def main of many words here " * 4
+    cache, text, expected = ScissorhandsCache(model, budget=64, bits=bits), prompt, []
+    tokenizer = letter_tokenizer()
+    for _ in range(2):
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        expected.append(tokenizer.decode(model.generate(ids, past_key_values=cache, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]))
+        text += expected[-1] + " and on it goes"
+    assert cache.report().evictions > 0
+    parts = parts_of(tiny_llama(head_dim=32), bits=bits)
+
+    async def scenario(door: Any) -> list[str]:
+        said, text = [], prompt
+        for _ in range(2):
+            said.append((await post(door, COMPLETION, {"prompt": text, "max_tokens": 12})).json["choices"][0]["text"])
+            text += said[-1] + " and on it goes"
+        return said
+
+    assert in_process(scenario, parts) == expected
+    assert parts.manager.num_reused == len(prompt) + 11
 
 
 def test_conversations_leave_when_memory_is_short_or_they_are_idle():
