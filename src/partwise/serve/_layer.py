@@ -360,23 +360,22 @@ class BudgetedLayer(CacheLayerMixin):
         return self.store.read_keys().to(torch.float32)
 
     def _score(self, query: Tensor, start: int, end: int | None = None) -> None:
-        """Show the rule what queries look at, from number ``start`` on; the last of all belongs to slot ``end - 1``."""
+        """Show the rule what queries look at, from number ``start`` on; the last of all belongs to slot ``end - 1``, the last one they could know of."""
         self._write_notes()
-        keys, new = self._keys(), query.shape[2]
-        offset = (self.num_slots if end is None else end) - new
-        for first, last in chunks(start, new, score_chunk=self.score_chunk, row=query.shape[0] * query.shape[1] * self.num_slots):
-            self._show(query[:, :, first:last], keys[:, :, : offset + last])
+        keys, new, end = self._keys(), query.shape[2], self.num_slots if end is None else end
+        for first, last in chunks(start, new, score_chunk=self.score_chunk, row=query.shape[0] * query.shape[1] * end):
+            self._show(query[:, :, first:last], keys[:, :, : end - new + last], end)
 
-    def _show(self, query: Tensor, keys: Tensor) -> None:
+    def _show(self, query: Tensor, keys: Tensor, reach: int) -> None:
         assert self._tokens is not None
         assert self._observed is not None
         new, end = query.shape[2], keys.shape[2]
         real = None if self._real is None else self._real[:, :end]
         num_visible = visible_tokens(real, batch=query.shape[0], new=new, slots=end, device=query.device)
-        filled = torch.full_like(self._tokens, self.num_slots) if self._real is None else self._real.sum(dim=1)
+        filled, known = self._filled(self.num_slots), self._filled(reach)
         counted = torch.ones(num_visible.shape, device=query.device) if real is None else real[:, end - new :].to(torch.float32)
         if self.rule.horizon is not None:
-            due = filled.clamp(min=self.budget + 1)[:, None] - num_visible
+            due = known.clamp(min=self.budget + 1)[:, None] - num_visible
             counted = counted * (due < self.rule.horizon)
         step = (self._tokens - filled)[:, None] + num_visible
         seen = Observation(attention(query, keys, real, **self._scale), num_visible.to(torch.float32), counted, step, self._observed)
@@ -385,6 +384,11 @@ class BudgetedLayer(CacheLayerMixin):
         if noted is not record:
             record.copy_(noted)
         self._observed = step[:, -1]
+
+    def _filled(self, slots: int) -> Tensor:
+        """How many of the first slots hold tokens, (batch,)."""
+        assert self._tokens is not None
+        return torch.full_like(self._tokens, slots) if self._real is None else self._real[:, :slots].sum(dim=1)
 
     # Evicting -----------------------------------------------------------------------------------------------------------------------------------------
 
@@ -439,7 +443,7 @@ class BudgetedLayer(CacheLayerMixin):
     def _choose(self, badness: Tensor) -> tuple[Tensor, Tensor | None]:
         """Slots to keep, (batch, kv_heads, kept), and which of them are empty from now on, (batch, kept): the first ones of short rows."""
         positions, slots = self.positions.values, self.num_slots
-        filled = torch.full_like(self._tokens, slots) if self._real is None else self._real.sum(dim=1)  # type: ignore[arg-type]
+        filled = self._filled(slots)
         leave = (filled - self.budget).clamp(min=self.limits.drop)
         stay = torch.where(filled > self.budget, filled - leave, filled)  # (batch,)
         if self.rule.channels and self.rule.forgets(self.limits):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RandomTokens", "RandomTokensCache"]
 
+LARGEST = 2**63 - 1
 ODD = (0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9, 0x14D049BB133111EB)
 
 
@@ -47,7 +48,7 @@ class RandomTokens(EvictionRule):
     def initial(self, keys: Tensor, positions: Tensor) -> Tensor:
         """Draw a lot for each token: its place, mixed until nothing of the order is left."""
         heads = torch.arange(positions.shape[1], device=positions.device)[:, None]
-        lot = (positions.to(torch.int64) * ODD[0]) ^ ((heads + 1) * ODD[1]) ^ ((self.seed + 1) * ODD[2])
+        lot = (positions.to(torch.int64) * ODD[0]) ^ ((heads + 1) * ODD[1]) ^ ((self.seed + 1) * ODD[2] & LARGEST)
         for odd in ODD:
             lot = (lot ^ ((lot >> 29) & 0x7FFFFFFFF)) * odd
         return ((lot >> 32) & 0xFFFFFF).to(torch.float32)[..., None]

@@ -129,7 +129,7 @@ class EvictionRule(abc.ABC):
     def __post_init__(self) -> None:
         _check_share("recent", self.recent, lowest=0)
         _check_share("drop", self.drop, lowest=1)
-        if not isinstance(self.num_sinks, int) or self.num_sinks < 0:
+        if not isinstance(self.num_sinks, int) or isinstance(self.num_sinks, bool) or self.num_sinks < 0:
             raise InputError("bad-cache-setting", f"got num_sinks={self.num_sinks}, expected a number of tokens, 0 or more. Pass 0 for none.")
 
     @property

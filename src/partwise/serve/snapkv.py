@@ -69,11 +69,16 @@ class SnapKV(EvictionRule):
         return record + seen.total()[..., None]
 
     def badness(self, cached: Cached, limits: Limits) -> Tensor:
-        """The less attention around it the worse; slots are in the order of the text."""
-        smooth = torch.nn.functional.avg_pool1d(
-            cached.record[..., 0].flatten(0, 1)[:, None], self.pool, stride=1, padding=self.pool // 2, count_include_pad=False
-        )
-        return -smooth[:, 0].view(cached.positions.shape)
+        """The less attention around it the worse, in the order of the text."""
+        order = cached.positions.argsort(dim=-1, stable=True)  # (batch, kv_heads, slots)
+        real = (cached.positions.gather(-1, order) >= 0).to(torch.float32)
+        got = cached.record[..., 0].gather(-1, order) * real
+        mean = self._around(got) / self._around(real).clamp(min=1 / self.pool)
+        return torch.zeros_like(mean).scatter_(-1, order, -mean)
+
+    def _around(self, values: Tensor) -> Tensor:
+        """Mean over the neighbours of each slot, nothing beyond the ends."""
+        return torch.nn.functional.avg_pool1d(values, self.pool, stride=1, padding=self.pool // 2)
 
 
 class SnapKVCache(RuleCache):
