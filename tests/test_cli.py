@@ -110,7 +110,7 @@ def test_version(capsys: pytest.CaptureFixture[str]):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["fly"], 2, "error[unknown-choice]: command='fly' is not known. Choose one of: tune, train, decompose, report, list, doctor."),
+        (["fly"], 2, f"error[unknown-choice]: command='fly' is not known. Choose one of: {', '.join(ROOMS)}, report, list, doctor."),
         (["tune", "loar"], 2, "error[unknown-choice]: method='loar' is not known. Choose one of: adapad"),
         (["tune", "lora", "--lrr", "1"], 2, "error[bad-flag]: Unrecognized options: --lrr, 1 Perhaps you meant: --lr"),
         (["tune", "lora", "--valid-fraction", "2"], 2, "error[bad-flag]: Error parsing data: valid_fraction=2.0 must be between 0 and 1"),
@@ -126,7 +126,7 @@ def test_version(capsys: pytest.CaptureFixture[str]):
         (["tune", "truncate", "--rank", "1"], 2, "error[bad-flag]: the folder of a run is missing"),
         (["tune", "truncate", "/no/run", "--rank", "1"], 2, "error[bad-flag]"),
         (["tune", "truncate", "/no/run", "--rank", "1", "--out", "x"], 2, "error[run-not-found]"),
-        (["list", "kitchen"], 2, "error[unknown-choice]: room='kitchen' is not known. Choose one of: tune, train, decompose."),
+        (["list", "kitchen"], 2, f"error[unknown-choice]: room='kitchen' is not known. Choose one of: {', '.join(ROOMS)}."),
         (["decompose", "flie"], 2, "error[unknown-choice]: method='flie' is not known. Choose one of: parallel-deflation-pca"),
         (["decompose", "no/data.npy"], 2, "error[data-not-found]: there is no file 'no/data.npy'"),
         (["decompose", "data.txt"], 2, "error[unknown-format]"),
