@@ -87,6 +87,8 @@ def test_the_source_of_the_library_is_read_where_no_text_is_given(tokenizer: Any
     held_out = read_rows(None, tokenizer, num_rows=2, num_tokens=50, held_out=["shlex.py", "queue.py", "gone.py"])
     assert held_out.name == "standard library, held-out files"
     assert set(held_out.files) == {"shlex.py", "queue.py"}
+    other = read_rows(None, tokenizer, num_rows=2, num_tokens=50, held_out=["gone.py"])  # of another Python
+    assert (other.name, other.files) == ("standard library", rows.files)
 
 
 def test_hidden_and_other_files_of_a_folder_are_not_read(words: Path, tokenizer: Any):

@@ -94,7 +94,8 @@ def read_rows(source: str | None, tokenizer: Any, *, num_rows: int, num_tokens: 
             "too-little-text",
             f"{source or 'the ' + LIBRARY} gives {len(rows)} rows of {num_tokens} tokens, expected {num_rows}. Pass more text, or lower --tokens or --rows.",
         )
-    name = f"{LIBRARY}{', held-out files' if held_out else ''}" if source is None else Path(source).name
+    is_held_out = source is None and all(path.relative_to(folder).as_posix() in held_out for path in paths)
+    name = Path(source).name if source is not None else f"{LIBRARY}, held-out files" if is_held_out else LIBRARY
     return TextRows(name, tuple(name for name, _ in rows), torch.tensor([[*prefix, *tokens] for _, tokens in rows]))
 
 
