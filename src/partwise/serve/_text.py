@@ -95,7 +95,7 @@ def read_rows(source: str | None, tokenizer: Any, *, num_rows: int, num_tokens: 
             f"{source or 'the ' + LIBRARY} gives {len(rows)} rows of {num_tokens} tokens, expected {num_rows}. Pass more text, or lower --tokens or --rows.",
         )
     is_held_out = source is None and all(path.relative_to(folder).as_posix() in held_out for path in paths)
-    name = Path(source).name if source is not None else f"{LIBRARY}, held-out files" if is_held_out else LIBRARY
+    name = Path(source).resolve().name if source is not None else f"{LIBRARY}, held-out files" if is_held_out else LIBRARY
     return TextRows(name, tuple(name for name, _ in rows), torch.tensor([[*prefix, *tokens] for _, tokens in rows]))
 
 
@@ -152,7 +152,7 @@ def _tokens(tokenizer: Any, text: str) -> list[int]:
 def _prefix_of(tokenizer: Any) -> list[int]:
     """Tokens that the tokenizer puts in front of every text, such as one for the beginning: models are used to a row that starts so."""
     start = tokenizer.bos_token_id
-    return [start] if start is not None and tokenizer("a")["input_ids"][0] == start else []
+    return [start] if start is not None and tokenizer("a")["input_ids"][:1] == [start] else []
 
 
 def _joined(spare: Sequence[tuple[str, list[int]]], length: int) -> list[tuple[str, list[int]]]:
