@@ -60,7 +60,7 @@ WORDS = [
 
 def make_flags(model: str, **changes: Any) -> Any:
     """Settings of the measured server: little memory and a short queue."""
-    from partwise.serve.http import HttpFlags
+    from partwise.serve.http_server import HttpFlags
 
     given = {
         "model": model, "name": "measured", "port": 0, "budget": BUDGET, "memory_limit_mib": MEMORY_MIB, "max_queue": QUEUE, "max_prompt_tokens": MAX_PROMPT,
@@ -71,7 +71,7 @@ def make_flags(model: str, **changes: Any) -> Any:
 
 def serve(model: str) -> None:
     """What the server's process does: serve, say where, end with its input."""
-    from partwise.serve.http import start_in_thread
+    from partwise.serve.http_server import start_in_thread
 
     with start_in_thread(make_flags(model)) as running:
         print(running.url, flush=True)
@@ -365,7 +365,7 @@ def garbage(url: str, number: int) -> int:
 
 def fuzz(model: str, number: int, *, dry: bool, folder: Path) -> None:
     from partwise.serve._http_handlers import quiet_handlers
-    from partwise.serve.http import prepare, start_in_thread
+    from partwise.serve.http_server import prepare, start_in_thread
 
     started, template = time.perf_counter(), folder / "template.jinja"
     template.write_text(TEMPLATE)

@@ -11,11 +11,11 @@ import pytest
 pytest.importorskip("fastapi", reason="the server needs the extra http")
 pytest.importorskip("openai", reason="the clients of the stress are OpenAI's")
 
-from http_server import calm, letter_tokenizer, tiny_llama
-from partwise.serve._http_server import assemble
-from partwise.serve.http import start_in_thread
+from partwise.serve._http_parts import assemble
+from partwise.serve.http_server import start_in_thread
 from partwise.serve.scissorhands import Scissorhands
 from serve_http import fuzzed, garbage, make_case, make_flags, stressed
+from tiny_server import calm, letter_tokenizer, tiny_llama
 
 
 def test_requests_of_every_kind_get_what_they_may_and_leave_nothing():

@@ -146,7 +146,7 @@ def widest_use(cache: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
 def test_the_bytes_known_beforehand_are_never_exceeded_even_inside_a_call(bits: int | None, monkeypatch: pytest.MonkeyPatch):
-    from http_server import tiny_llama
+    from tiny_server import tiny_llama
 
     model = tiny_llama(head_dim=32)
     maker = CacheMaker(model=model, rule=Scissorhands(), budget=40, bits=bits)

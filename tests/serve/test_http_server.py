@@ -20,11 +20,11 @@ pytest.importorskip("fastapi", reason="the server needs the extra http")
 openai = pytest.importorskip("openai", reason="the server is tested with OpenAI's client")
 
 from asgi_client import call, post
-from http_server import CHAT_TEMPLATE, NAME, calm, letter_tokenizer, tiny_llama
 from partwise.checks import InputError, RunError
-from partwise.serve._http_server import Parts, RunningServer, assemble
-from partwise.serve.http import HttpFlags, start_in_thread
+from partwise.serve._http_parts import Parts, RunningServer, assemble
+from partwise.serve.http_server import HttpFlags, start_in_thread
 from partwise.serve.scissorhands import Scissorhands, ScissorhandsCache
+from tiny_server import CHAT_TEMPLATE, NAME, calm, letter_tokenizer, tiny_llama
 
 COMPLETION, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
 PROMPT = "def main():\n    return "
@@ -256,7 +256,9 @@ def test_any_mix_of_failures_cancellations_and_disconnects_gives_everything_back
 
 
 def test_the_flags_load_nothing_heavy():
-    code = "import sys, partwise.serve.http as http; http.HttpFlags(); print({'torch', 'transformers', 'fastapi', 'openai'} & set(sys.modules))"
+    code = (
+        "import sys, partwise.serve.http_server as http; http.HttpFlags(); print({'torch', 'transformers', 'fastapi', 'openai'} & set(sys.modules))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "set()\n"
 
 

@@ -26,7 +26,7 @@ from partwise.serve._http_requests import Limits
 from partwise.serve.cache import attached
 
 if TYPE_CHECKING:
-    from partwise.serve.http import HttpFlags
+    from partwise.serve.http_server import HttpFlags
     from partwise.serve.rule import EvictionRule
 
 __all__ = ["Parts", "RunningServer", "assemble", "listen", "run", "run_in_thread"]
