@@ -359,6 +359,8 @@ def test_what_cannot_be_served_is_refused_before_the_server_listens(tmp_path: Pa
     ):
         with pytest.raises(InputError, match=pattern):
             parts_of(**changes)
+    with pytest.raises(InputError, match=r"got a tokenizer of class object, expected a fast one\. Save it with its tokenizer\.json\."):
+        assemble(flags(), tiny_llama(), object(), Scissorhands(), name=NAME)
     monkeypatch.setenv("PARTWISE_SERVE_TOKEN", "from-the-environment")
     parts = parts_of(host="0.0.0.0")
     assert in_process(lambda door: call(door, "GET", "/metrics"), parts).status == 401
