@@ -301,7 +301,7 @@ def test_the_server_gets_its_flags_its_rule_and_a_way_to_say_where_it_is(capsys:
         tokens, memory = {"generated": 30, "prompt": 50, "reused": 20, "per_second": 12.5}, {"conversations": 2, "forgotten": 1}
         return {"tokens": tokens, "memory": memory}
 
-    monkeypatch.setattr("partwise.serve.http.serve_http", serve)
+    monkeypatch.setattr("partwise.serve.http_server.serve_http", serve)
     assert run("serve", "http", "--model", "m", "--port", "0", "--method", "random-tokens", "--seed", "3", "--drop", "2") == 0
     assert (given[0].model, given[0].port, repr(given[1])) == ("m", 0, "RandomTokens(recent=10, num_sinks=0, drop=2, seed=3)")
     said = capsys.readouterr()

@@ -136,7 +136,7 @@ def read_http(arguments: list[str]) -> Command:
     flags = read_http_flags(arguments, about=HTTP)
 
     def serve(report: Report, write: Write | None = None) -> dict[str, Any]:
-        from partwise.serve.http import serve_http
+        from partwise.serve.http_server import serve_http
 
         return serve_http(flags.server, rule=flags.rule, report=report, write=write)
 

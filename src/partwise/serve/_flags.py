@@ -238,7 +238,7 @@ def read_generate_flags(arguments: list[str], *, about: str) -> Any:
 
 def read_http_flags(arguments: list[str], *, about: str) -> Any:
     """Flags of ``partwise serve http``, with ``server``, ``rule`` and ``output``."""
-    from partwise.serve.http import HttpFlags
+    from partwise.serve.http_server import HttpFlags
 
     return read_with_rule(arguments, {"server": HttpFlags}, {"output": OutputFlags}, prog="partwise serve http", about=about)
 
