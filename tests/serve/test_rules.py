@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -40,7 +41,12 @@ TWINS: list[tuple[EvictionRule, type[SlowLayer]]] = [
     (KeyNorm(recent=4, drop=4), SlowKeyNorm),
 ]
 ALL = [rule for rule, _ in TWINS] + [RandomTokens(recent=2), RandomTokens(recent=2, drop=4)]
-BLOCKS = {"one by one": [1] * 48, "a long prompt": [30] + [1] * 18, "blocks": [9, 1, 1, 14, 1, 1, 1, 20, 1], "a prompt of the budget": [16] + [1] * 30}
+BLOCKS = {
+    "one by one": [1] * 48,
+    "a long prompt": [30] + [1] * 18,
+    "blocks": [9, 1, 1, 14, 1, 1, 1, 20, 1],
+    "a prompt of the budget": [16] + [1] * 30,
+}
 BUDGET = 16
 
 
@@ -99,7 +105,7 @@ def test_recent_tokens_sinks_and_pinned_ones_never_leave_and_the_budget_holds(ru
 def test_a_full_cache_lets_exactly_as_many_go_as_the_rule_says(rule):
     _, kept = run(FastLayer(rule, budget=BUDGET), [1] * 48)
     sizes = [len(heads[0]) for heads in kept]
-    for before, after in zip(sizes[:-1], sizes[1:], strict=True):
+    for before, after in itertools.pairwise(sizes):
         assert after == (before + 1 if before < BUDGET else BUDGET + 1 - rule.limits(BUDGET).drop)
 
 

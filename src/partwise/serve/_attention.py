@@ -108,12 +108,12 @@ def detach(model: Any) -> None:
         model.set_attn_implementation(own_kernel(model))
 
 
-def probe(model: Any, cache: Cache) -> None:
+def probe(model: Any, cache: Cache, *, kv_heads: int, dim: int) -> None:
     """Run one token through a model and a cache, once for each class and kernel: a model that passes the cache by is refused before the first real token."""
     kernel = own_kernel(model)
     if kernel in _probed.get(type(model), ()):
         return
-    budgeted = [index for index, layer in enumerate(cache.layers) if hasattr(layer, "attend")]
+    budgeted = {index: layer for index, layer in enumerate(cache.layers) if hasattr(layer, "attend")}
     embedding = model.get_input_embeddings()
     token = torch.zeros(1, 1, dtype=torch.int64, device=embedding.weight.device)
     with torch.no_grad(), _evaluating(model):
@@ -123,20 +123,25 @@ def probe(model: Any, cache: Cache) -> None:
             raise
         except Exception as error:
             raise _unsupported(type(model).__name__, f"one token through it failed with {type(error).__name__}: {error}") from error
-    missed = [index for index in budgeted if cache.layers[index].largest != 1]
+    missed = [index for index, layer in budgeted.items() if layer.largest != 1]
     if missed:
         raise _unsupported(type(model).__name__, f"layers {missed} did not use the cache")
+    for layer in budgeted.values():
+        shapes = [tuple(tensor.shape) for tensor in layer.store.read()]
+        if shapes != [(1, kv_heads, 1, dim)] * 2:
+            raise _unsupported(type(model).__name__, f"a token has keys and values of shape {shapes}, not {(1, kv_heads, 1, dim)} as configured")
     _probed.setdefault(type(model), set()).add(kernel)
 
 
 @contextlib.contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
 
 
 def _unsupported(name: str, why: str, *, advice: str = "") -> InputError:

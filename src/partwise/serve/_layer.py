@@ -15,6 +15,8 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from partwise.checks import InputError, RunError
+from partwise.serve._masks import mask_of_slots, real_tokens
+from partwise.serve._no_gradient import NoWayBack
 from partwise.serve._plain_store import PlainStore
 from partwise.serve._scores import attention, chunks, visible_tokens
 from partwise.serve._slots import Slots
@@ -96,10 +98,7 @@ class BudgetedLayer(CacheLayerMixin):
         """Forget everything."""
         self.store: Store | None = None
         self.is_initialized = False
-        self.seen = 0
-        """Columns that passed, padding included"""
-        self.evictions = 0
-        self.largest = 0
+        self.seen = self.evictions = self.largest = 0
         self.mass: Tensor | None = None
         self.num_masses = 0
         self.positions, self.record = Slots(self.budget + 1), Slots(self.budget + 1)
@@ -154,7 +153,7 @@ class BudgetedLayer(CacheLayerMixin):
         self.store.append(key_states, value_states)
         keys, values = self.store.read()
         if key_states.requires_grad:
-            keys, values = _NoWayBack.apply(keys, values, key_states)  # type: ignore[no-untyped-call]
+            keys, values = NoWayBack.apply(keys, values, key_states)  # type: ignore[no-untyped-call]
         setattr(keys, MARK, self)
         return keys, values
 
@@ -250,7 +249,7 @@ class BudgetedLayer(CacheLayerMixin):
         """What the model's attention returns for the tokens that `update` added; then notes and evicts."""
         self.shared.waiting = False
         self._check_caller(module, mask)
-        self._add_tokens(_real_tokens(mask, query.shape[2]), query.shape[2])
+        self._add_tokens(real_tokens(mask, query.shape[2]), query.shape[2])
         output = base(module, query, key, value, self._mask(mask, query, kernel), **kwargs)
         scaling = kwargs.get("scaling")
         self._scale = {"scaling": query.shape[-1] ** -0.5 if scaling is None else scaling, "softcap": kwargs.get("softcap")}
@@ -323,23 +322,15 @@ class BudgetedLayer(CacheLayerMixin):
             return self._real  # its causal alignment is to the end, as needed
         if new == 1 and self._real is None:
             return None
-        column, row = torch.arange(slots, device=query.device), torch.arange(slots - new, slots, device=query.device)
-        visible = (column <= row[:, None])[None]  # (1, new, slots)
-        if self._real is not None:
-            visible = (visible & self._real[:, None]) | (column == row[:, None])  # padding sees itself, so that no row is empty
-        visible = visible[:, None].expand(query.shape[0], 1, new, slots)
-        if kernel == "eager":
-            return torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, torch.finfo(query.dtype).min)
-        return visible
+        return mask_of_slots(self._real, query, slots=slots, additive=kernel == "eager")
 
     # Noting -------------------------------------------------------------------------------------------------------------------------------------------
 
     def _watch(self, query: Tensor) -> None:
         """Note what these queries look at, if they are near enough to an eviction. Single ones wait until there are some to be scored together."""
-        new, horizon = query.shape[2], self.rule.horizon
-        due = max(self.budget + 1 - self._longest, 0)
-        num_watched = new if horizon is None else min(new, horizon - due)
-        if num_watched <= 0:
+        new = query.shape[2]
+        start = self._first_watched(new)
+        if start == new:
             return
         if new == 1:
             self._queries.append(query if query.untyped_storage().nbytes() == query.nbytes else query.clone())
@@ -347,7 +338,18 @@ class BudgetedLayer(CacheLayerMixin):
                 self._flush()
             return
         self._flush(self.num_slots - new)
-        self._score(query, new - num_watched)
+        self._score(query, start)
+
+    def _first_watched(self, new: int) -> int:
+        """From which of the new tokens on the rule has to see queries; ``new`` for none."""
+        horizon = self.rule.horizon
+        if horizon is None:
+            return 0
+        if self._real is None or new == 1:
+            return new - min(new, max(0, horizon - max(self.budget + 1 - self._longest, 0)))
+        due = self._filled(self.num_slots).clamp(min=self.budget + 1)[:, None] - self._real.cumsum(dim=1)[:, -new:]
+        near = ((due < horizon) & self._real[:, -new:]).any(dim=0)  # (new,)
+        return int(near.to(torch.int8).argmax()) if bool(near.any()) else new
 
     def _flush(self, end: int | None = None) -> None:
         if self._queries:
@@ -497,27 +499,3 @@ class BudgetedLayer(CacheLayerMixin):
             return 0
         notes = self.positions.nbytes + self.record.nbytes + sum(query.untyped_storage().nbytes() for query in self._queries)
         return self.store.nbytes + notes + (0 if self._real is None else self._real.nbytes)
-
-
-class _NoWayBack(torch.autograd.Function):
-    """Cached keys and values, through which no gradient flows: says so instead of leaving it out in silence."""
-
-    @staticmethod
-    def forward(ctx: Any, keys: Tensor, values: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-        return keys.clone(), values.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise InputError(
-            "cache-no-gradient",
-            "got a backward pass through a cache with a budget, expected none: tokens that left it have no gradient. Train without past_key_values.",
-        )
-
-
-def _real_tokens(mask: Any, new: int) -> Tensor | None:
-    """Which of the new tokens are no padding, (batch, new), bool; None: all. A query sees itself, so the diagonal says it."""
-    if mask is None:
-        return None
-    own = mask[:, -new:] if mask.ndim == 2 else mask[:, 0, :, -new:].diagonal(dim1=1, dim2=2)
-    real: Tensor = own > torch.finfo(own.dtype).min / 2 if own.dtype.is_floating_point else own.bool()
-    return None if bool(real.all()) else real

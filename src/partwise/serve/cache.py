@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeGuard
 
 import torch
 from transformers import Cache
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 
-from partwise.checks import InputError, check_choice
+from partwise.checks import InputError, RunError, check_choice
 from partwise.ledger import Ledger, Part
 from partwise.serve._attention import _unsupported, attach, detach, probe
 from partwise.serve._layer import BudgetedLayer, Shared
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BudgetedCache", "CacheReport", "LayerReport", "attached"]
 
+_active: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # blocks of `attached` that a model is in
 OWN_WINDOW = {"sliding_attention", "chunked_attention", "linear_attention", "conv"}  # layers whose memory is bounded already
 
 
@@ -68,7 +69,7 @@ class CacheReport:
     bytes, bytes_full : int
         Bytes of all tensors held now, notes about tokens included, and those of a full cache after as many tokens.
     max_bytes : int
-        Bytes that layers with a budget never exceed between two calls, for this number of rows.
+        Bytes that are never exceeded between two calls, for this number of rows.
     tokens_seen : int
         Tokens that passed, padding included.
     evictions : int
@@ -142,8 +143,13 @@ class BudgetedCache(Cache):
                 for kind, setting in zip(types, settings, strict=True)
             ]
         )
+        name = config._attn_implementation
         attach(model)
-        probe(model, self)
+        try:
+            probe(model, self, kv_heads=_kv_heads(config), dim=_head_dim(config))
+        except BaseException:
+            model.set_attn_implementation(name)
+            raise
         self.reset()
 
     def _layer(self, budget: int) -> BudgetedLayer:
@@ -168,14 +174,14 @@ class BudgetedCache(Cache):
         return lambda: PackedStore(budget + 1, bits=bits, residual=residual)
 
     def _check_settings(self, config: Any) -> None:
-        if self.bits not in {None, 4, 8}:
+        if self.bits not in (None, 4, 8):
             raise InputError(
                 "bad-cache-setting", f"got bits={self.bits!r}, expected 4, 8 or None. Leave it out to store keys and values as they come."
             )
-        if self.score_chunk < 1 or self.residual < 0:
+        if not _is_count(self.score_chunk) or self.score_chunk < 1 or not _is_count(self.residual):
             raise InputError(
                 "bad-cache-setting",
-                f"got score_chunk={self.score_chunk} and residual={self.residual}, expected at least 1 and at least 0. Leave them out.",
+                f"got score_chunk={self.score_chunk!r} and residual={self.residual!r}, expected at least 1 and at least 0. Leave them out.",
             )
         dim = _head_dim(config)
         if self.bits is not None and dim % 32:
@@ -197,6 +203,31 @@ class BudgetedCache(Cache):
         """How the cache was made, without the model."""
         budget = self.budget[0] if len(set(self.budget)) == 1 else list(self.budget)
         return f"{type(self).__name__}(model, {self.rule!r}, budget={budget}, pinned={list(self.pinned)}, bits={self.bits})"
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As transformers asks: add tokens to a layer, and return all that it holds."""
+        layer = self.layers[layer_idx]
+        if layer_idx == 0:
+            self._check_whole(key_states.shape[0])
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if hasattr(layer, "sliding_window") and key_states.shape[2] > 1:
+            layer.keys, layer.values = layer.keys.clone(), layer.values.clone()  # they are views of all tokens that came
+        return keys, values
+
+    def _check_whole(self, batch_size: int) -> None:
+        """Every layer must have come as far as the others, with as many rows."""
+        seen = [layer.get_seq_length() for layer in self.layers if isinstance(layer, BudgetedLayer) or hasattr(layer, "sliding_window")]
+        if len(set(seen)) > 1:
+            raise RunError(
+                "cache-interrupted",
+                f"got a cache whose layers saw {min(seen)} to {max(seen)} tokens, expected as many. Call cache.reset() and start anew.",
+            )
+        rows = self.budgeted[0].batch_size
+        if rows not in {-1, batch_size}:
+            raise InputError(
+                "cache-batch-size",
+                f"got a batch of {batch_size} rows for a cache that holds {rows}, expected as many. Call cache.reset(), or make a cache for each batch size.",
+            )
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """As transformers asks; noted, to tell its masks from a user's."""
@@ -238,7 +269,7 @@ class BudgetedCache(Cache):
         return chosen.numbers()
 
     def max_bytes(self, batch_size: int = 1, *, num_beams: int = 1) -> int:
-        """Bytes that layers with a budget never exceed between two calls of the model.
+        """Bytes that are never exceeded between two calls of the model, layers with a window of their own included.
 
         Parameters
         ----------
@@ -253,7 +284,9 @@ class BudgetedCache(Cache):
             sizes = {"limit": budget + 1, "batch_size": rows, "num_heads": kv_heads, "dim": dim, "value_dim": dim, "itemsize": self._dtype.itemsize}
             total += PlainStore.bound(**sizes) if self.bits is None else PackedStore.bound(**sizes, bits=self.bits, residual=self.residual)
             total += self._note_bytes(rows, budget + 1, kv_heads) + waiting
-        return total
+        windows = sum(int(layer.sliding_window) for layer in self.layers if hasattr(layer, "sliding_window"))
+        own: int = rows * kv_heads * windows * 2 * dim * self._dtype.itemsize
+        return total + own
 
     def _note_bytes(self, rows: int, slots: int, kv_heads: int) -> int:
         """Positions and records of all heads, and which slots hold tokens."""
@@ -358,8 +391,7 @@ def attached(model: Any, cache: BudgetedCache | None = None) -> Iterator[Any]:
     PreTrainedModel
         The model.
     """
-    if cache is not None:
-        attach(model)  # another block may have taken it off
+    outer, had_own = _active.get(model, 0), "generate" in vars(model)
     generate = model.generate
 
     def forward_with_cache(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -369,16 +401,23 @@ def attached(model: Any, cache: BudgetedCache | None = None) -> Iterator[Any]:
         return generate(*args, **kwargs | {"past_key_values": cache})
 
     handle = None
+    _active[model] = outer + 1
     try:
         if cache is not None:
+            attach(model)  # another block may have taken it off
             handle = model.register_forward_pre_hook(forward_with_cache, with_kwargs=True)
             model.generate = generate_with_cache
         yield model
     finally:
         if handle is not None:
             handle.remove()
-            del model.generate
-        detach(model)
+            if had_own:
+                model.generate = generate
+            else:
+                del model.generate
+        _active[model] = outer
+        if not outer:
+            detach(model)
 
 
 def _decoder_config(model: Any) -> Any:
@@ -401,21 +440,27 @@ def _check_types(name: str, types: Sequence[str]) -> None:
 
 
 def _pinned(pinned: int | Sequence[int]) -> tuple[int, ...]:
-    tokens = tuple(range(pinned)) if isinstance(pinned, int) else tuple(sorted({int(token) for token in pinned}))
-    if (isinstance(pinned, int) and pinned < 0) or any(token < 0 for token in tokens):
+    found = range(pinned) if _is_count(pinned) else pinned
+    if isinstance(found, str) or not isinstance(found, Iterable) or not all(_is_count(token) for token in found):
         raise InputError(
-            "bad-cache-setting", f"got pinned={pinned}, expected how many first tokens stay, or their numbers from 0 on. Pass 0 for none."
+            "bad-cache-setting", f"got pinned={pinned!r}, expected how many first tokens stay, or their numbers from 0 on. Pass 0 for none."
         )
-    return tokens
+    return tuple(sorted(set(found)))
 
 
 def _budgets(budget: int | Sequence[int], num_layers: int) -> tuple[int, ...]:
-    budgets = (budget,) * num_layers if isinstance(budget, int) else tuple(budget)
+    budgets = (budget,) * num_layers if isinstance(budget, int) else budget
+    if isinstance(budgets, str) or not isinstance(budgets, Sequence) or not all(_is_count(number) for number in budgets):
+        raise InputError("cache-budget", f"got a budget of {budget!r}, expected a number of tokens, or a list of one for each layer. Try budget=256.")
     if len(budgets) != num_layers:
         raise InputError(
             "cache-budget", f"got {len(budgets)} budgets, expected {num_layers}, one for each layer with full attention. Pass as many, or one number."
         )
-    return budgets
+    return tuple(budgets)
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _head_dim(config: Any) -> int:
