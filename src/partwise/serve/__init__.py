@@ -11,7 +11,7 @@
 - ``domain-router`` - choose among models by the hidden states of a prompt - arXiv:2504.16871
 
 ``model.generate(**inputs, past_key_values=ScissorhandsCache(model, budget=256))`` is all there is to it; `attached` is for code that makes its own cache;
-`persistence_ratio` and `allocate_budgets` measure how much of a budget each layer needs.
+`calibrate_budgets`, and `persistence_ratio` with `allocate_budgets`, measure how much of a budget each layer needs.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from partwise.serve.budgets import Calibration, calibrate_budgets
     from partwise.serve.cache import BudgetedCache, CacheReport, attached
     from partwise.serve.domain_router import DomainRouter
     from partwise.serve.h2o import H2O, H2OCache
@@ -38,6 +39,7 @@ __all__ = [
     "TOVA",
     "BudgetedCache",
     "CacheReport",
+    "Calibration",
     "DomainRouter",
     "H2OCache",
     "KeyNorm",
@@ -56,10 +58,11 @@ __all__ = [
     "TovaCache",
     "allocate_budgets",
     "attached",
+    "calibrate_budgets",
     "persistence_ratio",
 ]
 
-METHODS = {
+RULES = {
     "scissorhands": "partwise.serve.scissorhands:Scissorhands",
     "streaming-llm": "partwise.serve.streaming_llm:StreamingLLM",
     "h2o": "partwise.serve.h2o:H2O",
@@ -68,11 +71,12 @@ METHODS = {
     "key-norm": "partwise.serve.key_norm:KeyNorm",
     "sliding-window": "partwise.serve.sliding_window:SlidingWindow",
     "random-tokens": "partwise.serve.random_tokens:RandomTokens",
-    "domain-router": "partwise.serve.domain_router:DomainRouter",
 }
+METHODS = RULES | {"domain-router": "partwise.serve.domain_router:DomainRouter"}
 _HOMES = {
     "BudgetedCache": "cache",
     "CacheReport": "cache",
+    "Calibration": "budgets",
     "DomainRouter": "domain_router",
     "H2O": "h2o",
     "H2OCache": "h2o",
@@ -93,6 +97,7 @@ _HOMES = {
     "TovaCache": "tova",
     "allocate_budgets": "persistence",
     "attached": "cache",
+    "calibrate_budgets": "budgets",
     "persistence_ratio": "persistence",
 }
 

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from partwise.checks import InputError, check_at_least, check_choice
 from partwise.flags import flag_value, load_target, read_config, read_flags
-from partwise.serve import METHODS
+from partwise.serve import RULES
 from partwise.serve.generate import Sampling
 
 if TYPE_CHECKING:
     from partwise.serve.rule import EvictionRule
 
 DEFAULT_METHOD = "scissorhands"
-NO_RULES = {"domain-router"}  # methods that decide on something else
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,13 +188,13 @@ class CompareFlags:
 
 def rule_names() -> list[str]:
     """Methods of the room that say which tokens leave a cache."""
-    return [name for name in METHODS if name not in NO_RULES]
+    return list(RULES)
 
 
 def rule_class(name: str) -> type[EvictionRule]:
     """A method by name; an unknown one lists those that exist."""
     check_choice(name, rule_names(), name="method")
-    found: type[EvictionRule] = load_target(METHODS[name])
+    found: type[EvictionRule] = load_target(RULES[name])
     return found
 
 

@@ -159,15 +159,15 @@ def prepare(flags: HttpFlags, *, model: Any = None, tokenizer: Any = None, rule:
         load_extra(module, extra="http")
     load_extra("transformers", extra="hf")
     from partwise.flags import load_target
-    from partwise.serve import METHODS
+    from partwise.serve import RULES
     from partwise.serve._http_parts import assemble, listen
     from partwise.serve._models import open_model
 
     if rule is None:
         from partwise.checks import check_choice
 
-        check_choice(flags.method, list(METHODS), name="method")
-        rule = load_target(METHODS[flags.method])()
+        check_choice(flags.method, list(RULES), name="method")
+        rule = load_target(RULES[flags.method])()
     source = flags.model or "model"
     if model is None:
         opened = open_model(flags.model, device=flags.device, dtype=flags.dtype)

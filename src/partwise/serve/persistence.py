@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from partwise.serve.rule import Cached, Limits, Observation
 
-__all__ = ["Persistence", "allocate_budgets", "persistence_ratio"]
+__all__ = ["Persistence", "allocate_budgets", "persistence_ratio", "share_out"]
 
 
 @dataclass(frozen=True)
@@ -168,10 +168,14 @@ def allocate_budgets(ratio: Sequence[float] | Tensor, *, average: int, minimum: 
         )
     check_at_least(minimum, 1, name="minimum")
     check_at_least(average, minimum, name="average")
-    needs = [1.0 - value for value in ratios]
+    return share_out([1.0 - value for value in ratios], average=average, minimum=minimum)
+
+
+def share_out(needs: Sequence[float], *, average: int, minimum: int) -> list[int]:
+    """Give every layer the minimum and a share of the rest in proportion to its need; fractions go to the largest remainders, so that the sum is exact."""
     total = sum(needs)
-    needs = [1.0] * len(ratios) if total == 0 else needs
-    free = len(ratios) * (average - minimum)
+    needs = list(needs) if total > 0 else [1.0] * len(needs)
+    free = len(needs) * (average - minimum)
     exact = [free * need / sum(needs) for need in needs]
     shares = [int(share) for share in exact]
     order = sorted(range(len(exact)), key=lambda index: (shares[index] - exact[index], index))
