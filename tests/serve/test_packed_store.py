@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from partwise.checks import InputError
-from partwise.serve import _packed_store
+from partwise.serve import ScissorhandsCache, _packed_store
 from partwise.serve._packed_store import PackedStore
 from partwise.serve._packing import Packed, pack, pair_bytes, unpack
+from tiny import tiny_llama
 
 BITS = pytest.mark.parametrize("bits", [4, 8])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -324,6 +325,20 @@ def test_a_graph_of_gradients_is_not_kept_alive(bits: int):
         store.append(*tokens(8, seed=step).requires_grad_())
         store.settle()
     assert not held(store).requires_grad
+
+
+@pytest.mark.parametrize(("bits", "most"), [(8, 3e-3), (4, 4e-2)])
+def test_a_model_answers_nearly_the_same_from_packed_keys_and_values(bits: int, most: float):
+    model = tiny_llama(hidden_size=64, max_position_embeddings=128)  # heads of 32
+    ids = torch.randint(24, (2, 60), generator=torch.Generator().manual_seed(0))
+    cache = ScissorhandsCache(model, budget=100, bits=bits, residual=4)
+    with torch.no_grad():
+        full = model(ids).logits
+        packed = torch.cat([model(ids[:, start : start + 4], past_key_values=cache).logits for start in range(0, 60, 4)], 1)
+    errors = (packed - full).norm(dim=-1) / full.norm(dim=-1)  # (batch, tokens)
+    assert float(errors[:, :4].max()) < 1e-5
+    assert 0 < float(errors.mean()) < most
+    assert cache.report().bytes <= cache.max_bytes(2)
 
 
 def test_slots_are_in_the_order_in_which_they_came_for_every_head():
