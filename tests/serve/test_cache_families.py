@@ -227,4 +227,4 @@ def test_a_model_in_bfloat16_writes_the_same_with_a_large_budget(family, kernel)
 def test_texts_of_these_models_are_not_all_alike():
     written = {tuple(plain(shared_decoder(family, kernel), words(1, 17))[0].tolist()) for family, kernel in KERNELS}
     assert len(written) >= 7  # Llama, Mistral and Phi3 are the same arithmetic
-    assert all(len(set(ids)) > WORDS // 4 for ids in written)
+    assert all(len(set(ids)) > WORDS // 6 for ids in written)

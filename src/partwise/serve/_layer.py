@@ -444,8 +444,7 @@ class BudgetedLayer(CacheLayerMixin):
 
     def _choose(self, badness: Tensor) -> tuple[Tensor, Tensor | None]:
         """Slots to keep, (batch, kv_heads, kept), and which of them are empty from now on, (batch, kept): the first ones of short rows."""
-        positions, slots = self.positions.values, self.num_slots
-        filled = self._filled(slots)
+        positions, filled = self.positions.values, self._filled(self.num_slots)
         leave = (filled - self.budget).clamp(min=self.limits.drop)
         stay = torch.where(filled > self.budget, filled - leave, filled)  # (batch,)
         if self.rule.channels and self.rule.forgets(self.limits):
@@ -453,7 +452,7 @@ class BudgetedLayer(CacheLayerMixin):
         width = int(stay.max())
         oldest = positions.argsort(dim=-1, stable=True)
         order = oldest.gather(-1, badness.gather(-1, oldest).sort(dim=-1, descending=True, stable=True).indices)  # worst first
-        chosen = order[..., slots - width :]
+        chosen = order[..., self.num_slots - width :]
         vacant = torch.arange(width, device=stay.device) < (width - stay)[:, None]  # (batch, kept)
         if not bool(vacant.any()):
             return chosen.sort(dim=-1).values, None

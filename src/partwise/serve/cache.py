@@ -201,8 +201,11 @@ class BudgetedCache(Cache):
 
     def __repr__(self) -> str:
         """How the cache was made, without the model."""
+        return f"{type(self).__name__}(model, {self.rule!r}, {self._sizes()})"
+
+    def _sizes(self) -> str:
         budget = self.budget[0] if len(set(self.budget)) == 1 else list(self.budget)
-        return f"{type(self).__name__}(model, {self.rule!r}, budget={budget}, pinned={list(self.pinned)}, bits={self.bits})"
+        return f"budget={budget}, pinned={list(self.pinned)}, bits={self.bits}"
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """As transformers asks: add tokens to a layer, and return all that it holds."""
@@ -259,7 +262,7 @@ class BudgetedCache(Cache):
         Tensor of shape (batch, kv_heads, slots), int64
             Ascending; -1 where a slot is empty.
         """
-        chosen = self.layers[layer]
+        chosen = self.layers[layer] if 0 <= layer < len(self.layers) else None
         if not isinstance(chosen, BudgetedLayer) or chosen.store is None:
             raise InputError(
                 "cache-no-positions",
@@ -370,6 +373,11 @@ class RuleCache(BudgetedCache):
         for name in settings:
             check_choice(name, known, name=f"setting of {self.rule_class.__name__}")
         super().__init__(model, self.rule_class(**settings), budget=budget, pinned=pinned, bits=bits, residual=residual, score_chunk=score_chunk)
+
+    def __repr__(self) -> str:
+        """How the cache was made, without the model."""
+        settings = "".join(f", {field.name}={getattr(self.rule, field.name)!r}" for field in fields(self.rule))
+        return f"{type(self).__name__}(model, {self._sizes()}{settings})"
 
 
 @contextlib.contextmanager
