@@ -385,7 +385,7 @@ class BudgetedLayer(CacheLayerMixin):
         noted = self.rule.observe(record, seen, self.limits)
         if noted is not record:
             record.copy_(noted)
-        self._observed = step[:, -1]
+        self._observed = step[:, -1].clone()
 
     def _filled(self, slots: int) -> Tensor:
         """How many of the first slots hold tokens, (batch,)."""
@@ -496,5 +496,5 @@ class BudgetedLayer(CacheLayerMixin):
         """Bytes of all tensors held: keys, values, and what is noted about them."""
         if self.store is None:
             return 0
-        notes = self.positions.nbytes + self.record.nbytes + sum(query.untyped_storage().nbytes() for query in self._queries)
-        return self.store.nbytes + notes + (0 if self._real is None else self._real.nbytes)
+        owned = [tensor for tensor in (*self._queries, self._tokens, self._observed, self._real) if tensor is not None]
+        return self.store.nbytes + self.positions.nbytes + self.record.nbytes + sum(tensor.untyped_storage().nbytes() for tensor in owned)

@@ -286,7 +286,7 @@ class BudgetedCache(Cache):
         for budget in self.budget:
             sizes = {"limit": budget + 1, "batch_size": rows, "num_heads": kv_heads, "dim": dim, "value_dim": dim, "itemsize": self._dtype.itemsize}
             total += PlainStore.bound(**sizes) if self.bits is None else PackedStore.bound(**sizes, bits=self.bits, residual=self.residual)
-            total += self._note_bytes(rows, budget + 1, kv_heads) + waiting
+            total += self._note_bytes(rows, budget + 1, kv_heads) + waiting + rows * 2 * torch.int64.itemsize  # tokens of a row, and observed ones
         windows = sum(int(layer.sliding_window) for layer in self.layers if hasattr(layer, "sliding_window"))
         own: int = rows * kv_heads * windows * 2 * dim * self._dtype.itemsize
         return total + own
