@@ -42,7 +42,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "OPT": {"num_attention_heads": 2, "ffn_dim": 48, "word_embed_proj_dim": 64, "dropout": 0.0},
     "GPTNeoX": {"num_attention_heads": 2, "rotary_pct": 0.5, "hidden_dropout": 0.0, "attention_dropout": 0.0},
 }
-KERNELS = [(family, kernel) for family in FAMILIES for kernel in ("sdpa", "eager") if (family, kernel) != ("Gemma2", "sdpa")]  # soft capping is eager's
+KERNELS = [
+    (family, kernel) for family in FAMILIES for kernel in ("sdpa", "eager") if (family, kernel) != ("Gemma2", "sdpa")
+]  # soft capping is eager's
 SMALL: dict[str, Any] = {"recent": 2, "drop": 2}  # room for budgets of a few tokens
 RULES: list[EvictionRule] = [
     Scissorhands(**SMALL),
@@ -151,7 +153,9 @@ def main() -> None:
         wrong.append(float(len(found)))
         traits.update(trait for case in cases for trait in case.traits)
         print(f"seed {seed}: {len(found)} of {num_cases} differ, {time.perf_counter() - started:.0f} s", *found[:3], flush=True)
-    shares = ", ".join(f"{traits[trait]:,} {word}" for trait, word in (("padding", "with padding"), ("turns", "of several turns"), ("num_beams", "with beams")))
+    shares = ", ".join(
+        f"{traits[trait]:,} {word}" for trait, word in (("padding", "with padding"), ("turns", "of several turns"), ("num_beams", "with beams"))
+    )
     append(
         NAME,
         Row(
