@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from cache_models import KERNELS, continued, decoder, padded, shared_decoder, stepped, words
 from partwise.serve._layer import BudgetedLayer
 from partwise.serve.cache import BudgetedCache
+from partwise.serve.caches import ScissorhandsCache, SlidingWindowCache
 from partwise.serve.h2o import H2O
 from partwise.serve.key_norm import KeyNorm
 from partwise.serve.random_tokens import RandomTokens
-from partwise.serve.scissorhands import Scissorhands, ScissorhandsCache
-from partwise.serve.sliding_window import SlidingWindow, SlidingWindowCache
+from partwise.serve.scissorhands import Scissorhands
+from partwise.serve.sliding_window import SlidingWindow
 from partwise.serve.snapkv import SnapKV
 from partwise.serve.streaming_llm import StreamingLLM
 from partwise.serve.tova import TOVA

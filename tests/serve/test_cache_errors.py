@@ -14,10 +14,8 @@ import partwise.serve._attention as attention_module
 from cache_models import continued, decoder, padded, shared_decoder, words
 from partwise.checks import InputError, RunError
 from partwise.serve.cache import BudgetedCache, attached
-from partwise.serve.h2o import H2OCache
-from partwise.serve.scissorhands import Scissorhands, ScissorhandsCache
-from partwise.serve.sliding_window import SlidingWindowCache
-from partwise.serve.streaming_llm import StreamingLLMCache
+from partwise.serve.caches import H2OCache, ScissorhandsCache, SlidingWindowCache, StreamingLLMCache
+from partwise.serve.scissorhands import Scissorhands
 
 SMALL = {"budget": 12, "recent": 3, "drop": 4}
 SETTINGS = [
@@ -55,7 +53,7 @@ SETTINGS = [
     ({"budget": 40, "bits": True}, "bad-cache-setting", r"got bits=True, expected 4, 8 or None"),
     ({"budget": 40, "bits": "4"}, "bad-cache-setting", r"got bits='4', expected 4, 8 or None"),
     ({"budget": 40, "score_chunk": 0}, "bad-cache-setting", r"got score_chunk=0 and residual=16, expected at least 1 and at least 0"),
-    ({"budget": 40, "residual": -1}, "bad-cache-setting", r"got score_chunk=16 and residual=-1"),
+    ({"budget": 40, "residual": -1}, "bad-cache-setting", r"got score_chunk=None and residual=-1"),
     ({"budget": 40, "pinned": -1}, "bad-cache-setting", r"got pinned=-1, expected how many first tokens stay, or their numbers from 0 on"),
     ({"budget": 40, "pinned": [3, -1]}, "bad-cache-setting", r"got pinned=\[3, -1\]"),
     ({"budget": 40, "pinned": "all"}, "bad-cache-setting", r"got pinned='all'"),
@@ -355,7 +353,7 @@ def test_a_layer_that_does_not_exist_is_refused(layer):
 def test_the_repr_of_a_cache_says_how_it_was_made():
     model = shared_decoder("llama")
     cache = BudgetedCache(model, Scissorhands(recent=3, drop=4), budget=[12, 14], pinned=2, bits=None)
-    text = "BudgetedCache(model, Scissorhands(recent=3, num_sinks=0, drop=4, window=400), budget=[12, 14], pinned=[0, 1], bits=None)"
+    text = "BudgetedCache(model, Scissorhands(recent=3, num_sinks=0, drop=4, window=400, prompt_window=128), budget=[12, 14], pinned=[0, 1], bits=None)"
     assert repr(cache) == text
     again = eval(text, {"BudgetedCache": BudgetedCache, "Scissorhands": Scissorhands, "model": model})  # noqa: S307 - our own repr
     assert repr(again) == text

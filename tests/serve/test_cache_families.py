@@ -12,14 +12,16 @@ from transformers import DynamicCache, set_seed
 from cache_models import FAMILIES, KERNELS, WORDS, continued, decoder, padded, plain, shared_decoder, stepped, words
 from partwise.checks import InputError
 from partwise.serve.cache import attached
-from partwise.serve.h2o import H2OCache
-from partwise.serve.key_norm import KeyNormCache
-from partwise.serve.random_tokens import RandomTokensCache
-from partwise.serve.scissorhands import ScissorhandsCache
-from partwise.serve.sliding_window import SlidingWindowCache
-from partwise.serve.snapkv import SnapKVCache
-from partwise.serve.streaming_llm import StreamingLLMCache
-from partwise.serve.tova import TovaCache
+from partwise.serve.caches import (
+    H2OCache,
+    KeyNormCache,
+    RandomTokensCache,
+    ScissorhandsCache,
+    SlidingWindowCache,
+    SnapKVCache,
+    StreamingLLMCache,
+    TovaCache,
+)
 
 CACHES = [ScissorhandsCache, SlidingWindowCache, StreamingLLMCache, H2OCache, TovaCache, SnapKVCache, KeyNormCache, RandomTokensCache]
 families = pytest.mark.parametrize(("family", "kernel"), KERNELS, ids=[f"{family}-{kernel}" for family, kernel in KERNELS])

@@ -230,7 +230,10 @@ MODEL = "MODEL"
     ("arguments", "message"),
     [
         (["fly"], "error[unknown-choice]: command='fly' is not known. Choose one of: generate, compare, http."),
-        (["--prompt", "x"], "error[bad-flag]: got --prompt without a command, expected one of: generate, compare, http. Try: partwise serve generate --help"),
+        (
+            ["--prompt", "x"],
+            "error[bad-flag]: got --prompt without a command, expected one of: generate, compare, http. Try: partwise serve generate --help",
+        ),
         (["generate"], "error[no-prompt]: got no prompt, expected a text to go on with. Pass --prompt TEXT, or --prompt-file FILE"),
         (["generate", "--prompt", "x", "--prompt-file", "y"], "error[prompt-and-file]: got --prompt and --prompt-file y, expected one of them."),
         (["generate", "--prompt-file", "no/file"], "error[file-unreadable]: cannot read no/file: No such file or directory."),
@@ -240,7 +243,10 @@ MODEL = "MODEL"
         (["generate", "--prompt", "x", "--method", "domain-router"], "error[unknown-choice]: method='domain-router' is not known."),
         (["generate", "--prompt", "x", "--bits", "2"], "error[bad-flag]: invalid choice '2' for argument '--bits'. Expected one of"),
         (["generate", "--prompt", "x", "--window", "0"], "error[bad-flag]: Error parsing rule: window=0 must be an integer of at least 1."),
-        (["generate", "--prompt", "x", "--budget", "many"], "error[bad-flag]: --budget is many, expected whole numbers above 0. Write them as --budget 64,"),
+        (
+            ["generate", "--prompt", "x", "--budget", "many"],
+            "error[bad-flag]: --budget is many, expected whole numbers above 0. Write them as --budget 64,",
+        ),
         (["generate", "--prompt", "x", "--pinned", "-1"], "error[bad-flag]: Error parsing cache: pinned=-1 must be an integer of at least 0."),
         (["generate", "--prompt", "x", "--top-p", "2"], "error[bad-flag]: Error parsing sampling: top_p=2.0 must be above 0 and at most 1."),
         (["generate", "--prompt", "x", "--model", MODEL, "--budget", "4"], "error[cache-budget]: got a budget of 4 tokens, expected at least "),

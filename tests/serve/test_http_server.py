@@ -22,8 +22,9 @@ openai = pytest.importorskip("openai", reason="the server is tested with OpenAI'
 from asgi_client import call, post
 from partwise.checks import InputError, RunError
 from partwise.serve._http_parts import Parts, RunningServer, assemble
+from partwise.serve.caches import ScissorhandsCache
 from partwise.serve.http_server import HttpFlags, start_in_thread
-from partwise.serve.scissorhands import Scissorhands, ScissorhandsCache
+from partwise.serve.scissorhands import Scissorhands
 from tiny_server import CHAT_TEMPLATE, NAME, calm, letter_tokenizer, tiny_llama
 
 COMPLETION, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"

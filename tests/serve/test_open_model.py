@@ -79,7 +79,9 @@ def test_a_model_that_lies_in_a_run_knows_what_it_was_trained_on(tmp_path: Path,
 
 def test_no_model_at_all_says_where_it_was_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"got no --model, and .*/runs holds no finished run .* Pass --model FOLDER, or run `partwise train`") as caught:
+    with pytest.raises(
+        InputError, match=r"got no --model, and .*/runs holds no finished run .* Pass --model FOLDER, or run `partwise train`"
+    ) as caught:
         open_model(None)
     assert caught.value.code == "no-model"
 
@@ -144,9 +146,17 @@ def test_an_encoder_is_refused(tmp_path: Path):
 @pytest.mark.parametrize(
     ("source", "code", "message"),
     [
-        ("no/such/folder", "model-not-found", r"there is no folder 'no/such/folder' in .* it takes a folder, or a Hugging Face id such as owner/name"),
+        (
+            "no/such/folder",
+            "model-not-found",
+            r"there is no folder 'no/such/folder' in .* it takes a folder, or a Hugging Face id such as owner/name",
+        ),
         ("./gone", "model-not-found", r"there is no folder '\./gone'"),
-        ("nobody/nothing", "model-unavailable", r"cannot load 'nobody/nothing': there is no folder of that name, and the Hugging Face hub did not give it"),
+        (
+            "nobody/nothing",
+            "model-unavailable",
+            r"cannot load 'nobody/nothing': there is no folder of that name, and the Hugging Face hub did not give it",
+        ),
     ],
 )
 def test_a_name_that_leads_nowhere_is_refused(source: str, code: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -28,7 +28,7 @@ def test_persistence_is_that_of_a_twin_of_loops(family, split):
     model, ids = decoder(family, kernel="eager"), words(2, 40)
     with torch.no_grad():
         attentions = model(input_ids=ids, output_attentions=True).attentions
-    found = persistence_ratio(model, ids, split=split, score_chunk=3)
+    found = persistence_ratio(model, ids, split=split)
     for layer, attention in enumerate(attentions):
         for head in range(attention.shape[1]):
             slow = [slow_persistence(attention[row, head], round(40 * split)) for row in range(2)]

@@ -22,16 +22,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from partwise.serve.budgets import Calibration, calibrate_budgets
     from partwise.serve.cache import BudgetedCache, CacheReport, attached
+    from partwise.serve.caches import (
+        H2OCache,
+        KeyNormCache,
+        RandomTokensCache,
+        ScissorhandsCache,
+        SlidingWindowCache,
+        SnapKVCache,
+        StreamingLLMCache,
+        TovaCache,
+    )
     from partwise.serve.domain_router import DomainRouter
-    from partwise.serve.h2o import H2O, H2OCache
-    from partwise.serve.key_norm import KeyNorm, KeyNormCache
+    from partwise.serve.h2o import H2O
+    from partwise.serve.key_norm import KeyNorm
     from partwise.serve.persistence import Persistence, allocate_budgets, persistence_ratio
-    from partwise.serve.random_tokens import RandomTokens, RandomTokensCache
-    from partwise.serve.scissorhands import Scissorhands, ScissorhandsCache
-    from partwise.serve.sliding_window import SlidingWindow, SlidingWindowCache
-    from partwise.serve.snapkv import SnapKV, SnapKVCache
-    from partwise.serve.streaming_llm import StreamingLLM, StreamingLLMCache
-    from partwise.serve.tova import TOVA, TovaCache
+    from partwise.serve.random_tokens import RandomTokens
+    from partwise.serve.scissorhands import Scissorhands
+    from partwise.serve.sliding_window import SlidingWindow
+    from partwise.serve.snapkv import SnapKV
+    from partwise.serve.streaming_llm import StreamingLLM
+    from partwise.serve.tova import TOVA
 
 __all__ = [
     "H2O",
@@ -79,22 +89,22 @@ _HOMES = {
     "Calibration": "budgets",
     "DomainRouter": "domain_router",
     "H2O": "h2o",
-    "H2OCache": "h2o",
+    "H2OCache": "caches",
     "KeyNorm": "key_norm",
-    "KeyNormCache": "key_norm",
+    "KeyNormCache": "caches",
     "Persistence": "persistence",
     "RandomTokens": "random_tokens",
-    "RandomTokensCache": "random_tokens",
+    "RandomTokensCache": "caches",
     "Scissorhands": "scissorhands",
-    "ScissorhandsCache": "scissorhands",
+    "ScissorhandsCache": "caches",
     "SlidingWindow": "sliding_window",
-    "SlidingWindowCache": "sliding_window",
+    "SlidingWindowCache": "caches",
     "SnapKV": "snapkv",
-    "SnapKVCache": "snapkv",
+    "SnapKVCache": "caches",
     "StreamingLLM": "streaming_llm",
-    "StreamingLLMCache": "streaming_llm",
+    "StreamingLLMCache": "caches",
     "TOVA": "tova",
-    "TovaCache": "tova",
+    "TovaCache": "caches",
     "allocate_budgets": "persistence",
     "attached": "cache",
     "calibrate_budgets": "budgets",

@@ -338,7 +338,7 @@ class BudgetedLayer(CacheLayerMixin):
                 self._flush()
             return
         self._flush(self.num_slots - new)
-        self._score(query, start)
+        self._score(query, start if self.rule.most_queries is None else max(start, new - self.rule.most_queries))
 
     def _first_watched(self, new: int) -> int:
         """From which of the new tokens on the rule has to see queries; ``new`` for none."""
@@ -365,7 +365,7 @@ class BudgetedLayer(CacheLayerMixin):
         """Show the rule what queries look at, from number ``start`` on; the last of all belongs to slot ``end - 1``, the last one they could know of."""
         self._write_notes()
         keys, new, end = self._keys(), query.shape[2], self.num_slots if end is None else end
-        for first, last in chunks(start, new, score_chunk=self.score_chunk, row=query.shape[0] * query.shape[1] * end):
+        for first, last in chunks(start, new, row=query.shape[0] * query.shape[1] * end):
             self._show(query[:, :, first:last], keys[:, :, : end - new + last], end)
 
     def _show(self, query: Tensor, keys: Tensor, reach: int) -> None:

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 __all__ = ["attention", "chunks", "visible_tokens"]
 
 WORKSPACE = 2**20  # numbers that fit into a processor's cache
-MORE = 4  # a long block is scored in chunks so many times as long as single queries wait for
+MOST = 64  # queries of a block that are scored at once
 
 
-def chunks(start: int, end: int, *, score_chunk: int, row: int) -> Iterator[tuple[int, int]]:
+def chunks(start: int, end: int, *, row: int) -> Iterator[tuple[int, int]]:
     """Parts of a block of queries that are scored at once, for ``row`` weights per query."""
-    size = max(score_chunk, min(MORE * score_chunk, WORKSPACE // row))
+    size = max(1, min(MOST, WORKSPACE // row))
     for first in range(start, end, size):
         yield first, min(first + size, end)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeGuard
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import torch
 from transformers import Cache
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 
-from partwise.checks import InputError, RunError, check_choice
+from partwise.checks import InputError, RunError
 from partwise.ledger import Ledger, Part
 from partwise.serve._attention import _unsupported, attach, detach, probe
 from partwise.serve._layer import BudgetedLayer, Shared
@@ -107,8 +107,9 @@ class BudgetedCache(Cache):
         Store all but the last tokens in so many bits; None: as they come.
     residual : int
         Tokens that are not packed yet, with ``bits``; they never leave either.
-    score_chunk : int
-        Queries that are scored at once. More is faster and takes more memory.
+    score_chunk : int, optional
+        Single queries that wait to be scored together; each of them takes about as much memory as a cached token. By default a thirty-second of the
+        budget, at most 16.
 
     Raises
     ------
@@ -125,7 +126,7 @@ class BudgetedCache(Cache):
         pinned: int | Sequence[int] = (),
         bits: Literal[4, 8] | None = None,
         residual: int = 16,
-        score_chunk: int = 16,
+        score_chunk: int | None = None,
     ) -> None:
         config = _decoder_config(model)
         types, settings = get_layer_types_and_kwargs(config)
@@ -158,9 +159,12 @@ class BudgetedCache(Cache):
             self._limits(budget),
             pinned=self.pinned,
             make_store=self._store_maker(budget),
-            score_chunk=self.score_chunk,
+            score_chunk=self._chunk(budget),
             shared=self._shared,
         )
+
+    def _chunk(self, budget: int) -> int:
+        return max(1, min(16, budget // 32)) if self.score_chunk is None else self.score_chunk
 
     def _limits(self, budget: int) -> Limits:
         """Tokens that are not packed yet may not leave either."""
@@ -178,7 +182,7 @@ class BudgetedCache(Cache):
             raise InputError(
                 "bad-cache-setting", f"got bits={self.bits!r}, expected 4, 8 or None. Leave it out to store keys and values as they come."
             )
-        if not _is_count(self.score_chunk) or self.score_chunk < 1 or not _is_count(self.residual):
+        if (self.score_chunk is not None and (not _is_count(self.score_chunk) or self.score_chunk < 1)) or not _is_count(self.residual):
             raise InputError(
                 "bad-cache-setting",
                 f"got score_chunk={self.score_chunk!r} and residual={self.residual!r}, expected at least 1 and at least 0. Leave them out.",
@@ -281,12 +285,14 @@ class BudgetedCache(Cache):
         """
         rows, config = batch_size * num_beams, self._shared.config
         dim, kv_heads = _head_dim(config), _kv_heads(config)
-        waiting = 0 if self.rule.horizon == 0 else rows * config.num_attention_heads * dim * self._dtype.itemsize * self.score_chunk
+        query = 0 if self.rule.horizon == 0 else rows * config.num_attention_heads * dim * self._dtype.itemsize
         total = 0
         for budget in self.budget:
             sizes = {"limit": budget + 1, "batch_size": rows, "num_heads": kv_heads, "dim": dim, "value_dim": dim, "itemsize": self._dtype.itemsize}
             total += PlainStore.bound(**sizes) if self.bits is None else PackedStore.bound(**sizes, bits=self.bits, residual=self.residual)
-            total += self._note_bytes(rows, budget + 1, kv_heads) + waiting + rows * 2 * torch.int64.itemsize  # tokens of a row, and observed ones
+            total += (
+                self._note_bytes(rows, budget + 1, kv_heads) + query * self._chunk(budget) + rows * 2 * torch.int64.itemsize
+            )  # tokens of a row, and observed ones
         windows = sum(int(layer.sliding_window) for layer in self.layers if hasattr(layer, "sliding_window"))
         own: int = rows * kv_heads * windows * 2 * dim * self._dtype.itemsize
         return total + own
@@ -341,43 +347,6 @@ class BudgetedCache(Cache):
                 for token, count in enumerate(heads)
             ]
         return Ledger(tuple(parts))
-
-
-class RuleCache(BudgetedCache):
-    """A cache whose class says the rule: `ScissorhandsCache` and its rivals.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        The model that will use the cache.
-    budget, pinned, bits, residual, score_chunk
-        As for `BudgetedCache`.
-    **settings : Any
-        Fields of the rule, such as ``recent`` and ``drop``.
-    """
-
-    rule_class: ClassVar[type[EvictionRule]]
-
-    def __init__(
-        self,
-        model: Any,
-        *,
-        budget: int | Sequence[int],
-        pinned: int | Sequence[int] = (),
-        bits: Literal[4, 8] | None = None,
-        residual: int = 16,
-        score_chunk: int = 16,
-        **settings: Any,
-    ) -> None:
-        known = [field.name for field in fields(self.rule_class)]
-        for name in settings:
-            check_choice(name, known, name=f"setting of {self.rule_class.__name__}")
-        super().__init__(model, self.rule_class(**settings), budget=budget, pinned=pinned, bits=bits, residual=residual, score_chunk=score_chunk)
-
-    def __repr__(self) -> str:
-        """How the cache was made, without the model."""
-        settings = "".join(f", {field.name}={getattr(self.rule, field.name)!r}" for field in fields(self.rule))
-        return f"{type(self).__name__}(model, {self._sizes()}{settings})"
 
 
 @contextlib.contextmanager

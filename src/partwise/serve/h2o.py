@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from partwise.serve.cache import RuleCache
 from partwise.serve.rule import EvictionRule
 
 if TYPE_CHECKING:
@@ -13,7 +12,7 @@ if TYPE_CHECKING:
 
     from partwise.serve.rule import Cached, Limits, Observation
 
-__all__ = ["H2O", "H2OCache"]
+__all__ = ["H2O"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,16 +51,3 @@ class H2O(EvictionRule):
     def badness(self, cached: Cached, limits: Limits) -> Tensor:
         """The less attention the worse."""
         return -cached.record[..., 0]
-
-
-class H2OCache(RuleCache):
-    """A cache that keeps the tokens with the most attention so far.
-
-    See `RuleCache` for its arguments; ``settings`` are the fields of `H2O`.
-
-    References
-    ----------
-    arXiv:2306.14048.
-    """
-
-    rule_class = H2O

@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-
-from partwise.serve.cache import RuleCache
 from partwise.serve.rule import EvictionRule
 
 if TYPE_CHECKING:
@@ -15,7 +12,7 @@ if TYPE_CHECKING:
 
     from partwise.serve.rule import Cached, Limits
 
-__all__ = ["KeyNorm", "KeyNormCache"]
+__all__ = ["KeyNorm"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,21 +38,8 @@ class KeyNorm(EvictionRule):
 
     def initial(self, keys: Tensor, positions: Tensor) -> Tensor:
         """Lengths of the keys."""
-        return keys.to(torch.float32).square().sum(dim=-1, keepdim=True).sqrt()
+        return keys.float().square().sum(dim=-1, keepdim=True).sqrt()
 
     def badness(self, cached: Cached, limits: Limits) -> Tensor:
         """The longer the worse."""
         return cached.record[..., 0]
-
-
-class KeyNormCache(RuleCache):
-    """A cache that keeps the tokens with the shortest keys.
-
-    See `RuleCache` for its arguments; ``settings`` are the fields of `KeyNorm`.
-
-    References
-    ----------
-    arXiv:2406.11430.
-    """
-
-    rule_class = KeyNorm

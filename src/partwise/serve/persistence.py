@@ -77,7 +77,7 @@ class _PivotalTokens(EvictionRule):
         return cached.positions.to(torch.float32)
 
 
-def persistence_ratio(model: Any, input_ids: Tensor, *, split: float = 0.5, score_chunk: int = 64) -> Persistence:
+def persistence_ratio(model: Any, input_ids: Tensor, *, split: float = 0.5) -> Persistence:
     """Measure how far important tokens stay important.
 
     Parameters
@@ -88,8 +88,6 @@ def persistence_ratio(model: Any, input_ids: Tensor, *, split: float = 0.5, scor
         Texts of the same length, without padding.
     split : float, default=0.5
         Where early ends and late begins, as a share of the tokens.
-    score_chunk : int, default=64
-        Queries that are looked at at once.
 
     Returns
     -------
@@ -115,7 +113,7 @@ def persistence_ratio(model: Any, input_ids: Tensor, *, split: float = 0.5, scor
     tokens = input_ids.shape[1]
     place = max(1, min(tokens - 1, round(split * tokens)))
     group = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-    cache = BudgetedCache(model, _PivotalTokens(group=group, place=place), budget=tokens + 2, score_chunk=score_chunk)
+    cache = BudgetedCache(model, _PivotalTokens(group=group, place=place), budget=tokens + 2)
     with torch.no_grad():
         model(input_ids=input_ids, past_key_values=cache, use_cache=True)
     ratios, shares = [], []

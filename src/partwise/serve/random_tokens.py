@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-
-from partwise.serve.cache import RuleCache
 from partwise.serve.rule import EvictionRule
 
 if TYPE_CHECKING:
@@ -15,7 +12,7 @@ if TYPE_CHECKING:
 
     from partwise.serve.rule import Cached, Limits
 
-__all__ = ["RandomTokens", "RandomTokensCache"]
+__all__ = ["RandomTokens"]
 
 LARGEST = 2**63 - 1
 ODD = (0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9, 0x14D049BB133111EB)
@@ -47,25 +44,14 @@ class RandomTokens(EvictionRule):
 
     def initial(self, keys: Tensor, positions: Tensor) -> Tensor:
         """Draw a lot for each token: its place, mixed until nothing of the order is left."""
+        import torch
+
         heads = torch.arange(positions.shape[1], device=positions.device)[:, None]
-        lot = (positions.to(torch.int64) * ODD[0]) ^ ((heads + 1) * ODD[1]) ^ ((self.seed + 1) * ODD[2] & LARGEST)
+        lot = (positions.long() * ODD[0]) ^ ((heads + 1) * ODD[1]) ^ ((self.seed + 1) * ODD[2] & LARGEST)
         for odd in ODD:
             lot = (lot ^ ((lot >> 29) & 0x7FFFFFFFF)) * odd
-        return ((lot >> 32) & 0xFFFFFF).to(torch.float32)[..., None]
+        return ((lot >> 32) & 0xFFFFFF).float()[..., None]
 
     def badness(self, cached: Cached, limits: Limits) -> Tensor:
         """The lot decides."""
         return cached.record[..., 0]
-
-
-class RandomTokensCache(RuleCache):
-    """A cache that keeps a random sample.
-
-    See `RuleCache` for its arguments; ``settings`` are the fields of `RandomTokens`.
-
-    References
-    ----------
-    Vitter 1985.
-    """
-
-    rule_class = RandomTokens

@@ -7,11 +7,10 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-
 from partwise.checks import InputError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 __all__ = ["Cached", "EvictionRule", "Limits", "Observation"]
@@ -66,7 +65,7 @@ class Observation:
             Sums over queries and the heads of a group. Empty slots have no true value.
         """
         group, queries = self.weights.shape[2:4]
-        low = torch.lt(self.weights, self._average(1.0 - TIES), out=self.weights)
+        low = self.weights.lt_(self._average(1.0 - TIES))
         times = self._weighted(low, factors)
         times[..., -queries:] -= group * (factors.cumsum(dim=-1) - factors)[:, None]  # queries that came before a slot did not see it
         return times
@@ -138,6 +137,11 @@ class EvictionRule(abc.ABC):
         return 0
 
     @property
+    def most_queries(self) -> int | None:
+        """How many queries of one block, such as a prompt, it looks at, the last ones; None for no limit."""
+        return None
+
+    @property
     def channels(self) -> int:
         """Numbers that are noted for every slot."""
         return self.num_channels
@@ -145,6 +149,8 @@ class EvictionRule(abc.ABC):
     @property
     def record_dtype(self) -> torch.dtype:
         """How they are stored."""
+        import torch
+
         return torch.float32
 
     def forgets(self, limits: Limits) -> bool:
@@ -153,7 +159,7 @@ class EvictionRule(abc.ABC):
 
     def initial(self, keys: Tensor, positions: Tensor) -> Tensor:
         """The record of new tokens: keys (batch, kv_heads, new, dim), positions (batch, kv_heads, new) to (batch, kv_heads, new, channels)."""
-        return torch.zeros(*positions.shape, self.channels, dtype=self.record_dtype, device=keys.device)
+        return keys.new_zeros((*positions.shape, self.channels), dtype=self.record_dtype)
 
     def observe(self, record: Tensor, seen: Observation, limits: Limits) -> Tensor:
         """The record (batch, kv_heads, slots, channels) after these queries; may change it in place."""

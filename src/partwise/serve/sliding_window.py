@@ -5,9 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
-from partwise.serve.cache import RuleCache
 from partwise.serve.rule import EvictionRule
 
 if TYPE_CHECKING:
@@ -15,7 +12,7 @@ if TYPE_CHECKING:
 
     from partwise.serve.rule import Cached, Limits
 
-__all__ = ["SlidingWindow", "SlidingWindowCache"]
+__all__ = ["SlidingWindow"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,17 +38,4 @@ class SlidingWindow(EvictionRule):
 
     def badness(self, cached: Cached, limits: Limits) -> Tensor:
         """The older the worse."""
-        return -cached.positions.to(torch.float32)
-
-
-class SlidingWindowCache(RuleCache):
-    """A cache that keeps the last tokens.
-
-    See `RuleCache` for its arguments; ``settings`` are the fields of `SlidingWindow`.
-
-    References
-    ----------
-    arXiv:2004.05150.
-    """
-
-    rule_class = SlidingWindow
+        return -cached.positions.float()

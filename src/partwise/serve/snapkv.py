@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-
 from partwise.checks import InputError, check_at_least
-from partwise.serve.cache import RuleCache
 from partwise.serve.rule import EvictionRule
 
 if TYPE_CHECKING:
@@ -16,7 +13,7 @@ if TYPE_CHECKING:
 
     from partwise.serve.rule import Cached, Limits, Observation
 
-__all__ = ["SnapKV", "SnapKVCache"]
+__all__ = ["SnapKV"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,24 +68,13 @@ class SnapKV(EvictionRule):
     def badness(self, cached: Cached, limits: Limits) -> Tensor:
         """The less attention around it the worse, in the order of the text."""
         order = cached.positions.argsort(dim=-1, stable=True)  # (batch, kv_heads, slots)
-        real = (cached.positions.gather(-1, order) >= 0).to(torch.float32)
+        real = (cached.positions.gather(-1, order) >= 0).float()
         got = cached.record[..., 0].gather(-1, order) * real
         mean = self._around(got) / self._around(real).clamp(min=1 / self.pool)
-        return torch.zeros_like(mean).scatter_(-1, order, -mean)
+        return mean.new_zeros(mean.shape).scatter_(-1, order, -mean)
 
     def _around(self, values: Tensor) -> Tensor:
         """Mean over the neighbours of each slot, nothing beyond the ends."""
-        return torch.nn.functional.avg_pool1d(values, self.pool, stride=1, padding=self.pool // 2)
+        from torch.nn import functional
 
-
-class SnapKVCache(RuleCache):
-    """A cache that keeps what the last queries look at, with its neighbours.
-
-    See `RuleCache` for its arguments; ``settings`` are the fields of `SnapKV`.
-
-    References
-    ----------
-    arXiv:2404.14469.
-    """
-
-    rule_class = SnapKV
+        return functional.avg_pool1d(values, self.pool, stride=1, padding=self.pool // 2)

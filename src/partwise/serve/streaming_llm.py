@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from partwise.serve.cache import RuleCache
 from partwise.serve.sliding_window import SlidingWindow
 
-__all__ = ["StreamingLLM", "StreamingLLMCache"]
+__all__ = ["StreamingLLM"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,16 +30,3 @@ class StreamingLLM(SlidingWindow):
     """
 
     num_sinks: int = 4
-
-
-class StreamingLLMCache(RuleCache):
-    """A cache that keeps the first four and the last tokens.
-
-    See `RuleCache` for its arguments; ``settings`` are the fields of `StreamingLLM`.
-
-    References
-    ----------
-    arXiv:2309.17453.
-    """
-
-    rule_class = StreamingLLM

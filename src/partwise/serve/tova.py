@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from partwise.serve.cache import RuleCache
 from partwise.serve.rule import EvictionRule
 
 if TYPE_CHECKING:
@@ -13,7 +12,7 @@ if TYPE_CHECKING:
 
     from partwise.serve.rule import Cached, Limits, Observation
 
-__all__ = ["TOVA", "TovaCache"]
+__all__ = ["TOVA"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,16 +51,3 @@ class TOVA(EvictionRule):
     def badness(self, cached: Cached, limits: Limits) -> Tensor:
         """The less attention the worse."""
         return -cached.record[..., 0]
-
-
-class TovaCache(RuleCache):
-    """A cache that keeps the tokens which the last query looks at.
-
-    See `RuleCache` for its arguments; ``settings`` are the fields of `TOVA`.
-
-    References
-    ----------
-    arXiv:2401.06104.
-    """
-
-    rule_class = TOVA
