@@ -2,8 +2,9 @@
 
 Both go on from the same trained model. TwIST's rounds have two parts, one of them whole; the dense run has as many steps, each on as many tokens. ``code``: the
 source of Python's standard library, from a model that was trained on it. ``wikitext``: WikiText-2, from a model that is made here first, by training
-the same one on WikiText-2 for 0.74 million tokens (kept in runs/). ``scratch``: a small untrained model. Models and texts are in ../shared
-(``PARTWISE_MODELS``, ``PARTWISE_DATA``). Run: ``python benchmarks/train_twist_tickets.py [base] [code] [wikitext] [scratch]``, all if none is named (each takes
+the same one on WikiText-2 for 0.74 million tokens (kept in runs/). ``scratch``: a small untrained model; ``scratch-sorted``: the same with the command's settings for new models.
+``pruned-first``: rivals that are pruned at the start and then trained on as many tokens, one for each size. Models and texts are in ../shared
+(``PARTWISE_MODELS``, ``PARTWISE_DATA``). Run: ``python benchmarks/train_twist_tickets.py [base] [code] [wikitext] [scratch] [pruned-first] ...``, all if none is named (each takes
 a quarter of an hour on one core). A run that was interrupted goes on after the last seed that was done.
 """
 
@@ -16,7 +17,7 @@ import statistics
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,7 @@ class Experiment:
     num_rounds: int
     batch_size: int = 4
     from_checkpoint: bool = True
+    twist_settings: Mapping[str, Any] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -170,8 +172,9 @@ class Experiment:
 
     @property
     def twist(self) -> TwIST:
-        """Units of an untrained model cannot be sorted, so they are drawn."""
-        return TwIST(num_parts=2, num_local_steps=LOCAL_STEPS, choice="nested" if self.from_checkpoint else "random")
+        """Units of an untrained model cannot be sorted at the start, so they are drawn."""
+        settings = self.twist_settings or {"num_parts": 2, "choice": "nested" if self.from_checkpoint else "random"}
+        return TwIST(num_local_steps=LOCAL_STEPS, **settings)
 
     def train(self, method: TwIST | LocalSGD, model: Any, text: Text, *, seed: int) -> SubnetTrainer:
         """Equal tokens and equal steps for every method: parts share a step's rows."""
@@ -205,7 +208,9 @@ EXPERIMENTS = (
     Experiment(name="code", title="source of the standard library", text=code, start=lambda seed: pretrained(MODEL), lr=2e-4, num_rounds=20),
     Experiment(name="wikitext", title="WikiText-2", text=wikitext, start=lambda seed: pretrained(BASE), lr=5e-4, num_rounds=16),
     # Chosen after the row above was seen, and before this one was: the budget that was meant at first.
-    Experiment(name="wikitext-longer", title="WikiText-2, twice the tokens", text=wikitext, start=lambda seed: pretrained(BASE), lr=5e-4, num_rounds=32),
+    Experiment(
+        name="wikitext-longer", title="WikiText-2, twice the tokens", text=wikitext, start=lambda seed: pretrained(BASE), lr=5e-4, num_rounds=32
+    ),
     Experiment(
         name="scratch",
         title="source of the standard library, untrained model of 1.2 million parameters",
@@ -214,6 +219,16 @@ EXPERIMENTS = (
         lr=4e-3,
         num_rounds=40,
         from_checkpoint=False,
+    ),
+    Experiment(
+        name="scratch-sorted",
+        title="source of the standard library, untrained model of 1.2 million parameters, sorted on the way",
+        text=code,
+        start=small_model,
+        lr=4e-3,
+        num_rounds=40,
+        from_checkpoint=False,
+        twist_settings={"num_parts": 1, "choice": "nested", "whole_share": 0.7},  # what the command does for a new model
     ),
 )
 
@@ -293,6 +308,35 @@ def measured(experiment: Experiment, text: Text, *, seed: int) -> dict[str, Any]
     found: dict[str, Any] = read_json(place)
     print(experiment.name, seed, found, flush=True)
     return found
+
+
+def pruned_first(experiment: Experiment) -> None:
+    """Tickets beside models that were pruned to their shape at the start and then trained densely on as many tokens: a training for each size."""
+    text, began = experiment.text(), time.perf_counter()
+    calibration, test = batches(text.calibration, num_tokens=CALIBRATION_TOKENS), batches(text.test, num_tokens=TEST_TOKENS)
+    tickets = [measured(experiment, text, seed=seed)["sizes"] for seed in SEEDS]
+    for keep in SIZES:
+        place = ROOT / "runs" / NAME / f"{experiment.name}-pruned-first-{keep}.json"
+        if not place.exists():
+            start = experiment.start(0)
+            cuts = {name: METHODS[name](start, keep, calibration) for name in SAME_UNITS}
+            best = min(cuts, key=lambda name: mean_loss(cuts[name], calibration, loss=task_loss))
+            trained = [perplexity(experiment.dense(cuts[best], text, seed=seed), test) for seed in SEEDS]
+            write_json(place, {"pruning": best, "perplexities": trained})
+        rival = read_json(place)
+        row = Row(
+            claim=f"Ticket of {keep:.0%} beside a model pruned to its shape first and then trained: {experiment.title}",
+            method=repr(experiment.twist),
+            values=tuple(sizes[str(keep)]["ticket"] for sizes in tickets),
+            unit="perplexity per token",
+            seeds=SEEDS,
+            seconds=time.perf_counter() - began,
+            baseline=f"{rival['pruning']} (the best of {', '.join(SAME_UNITS)} on the calibration text), then dense training of that model alone",
+            baseline_values=tuple(rival["perplexities"]),
+            note=f"{experiment.num_tokens:,} tokens each. The rival is trained anew for each size; TwIST is trained once for all sizes and leaves the whole model too.",
+        )
+        append(NAME, row)
+        print(row.claim, row.values, row.baseline_values, flush=True)
 
 
 def spread(values: Sequence[float]) -> str:
@@ -391,8 +435,10 @@ def run(experiment: Experiment) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     asked = sys.argv[1:] or [experiment.name for experiment in EXPERIMENTS]
-    if {"base", "wikitext", "wikitext-longer"} & set(asked):
+    if {"base", "wikitext", "wikitext-longer", "pruned-first"} & set(asked):
         make_base()
     for chosen in EXPERIMENTS:
         if chosen.name in asked:
             run(chosen)
+        if chosen.name in {"code", "wikitext"} and (not sys.argv[1:] or "pruned-first" in asked):
+            pruned_first(chosen)
