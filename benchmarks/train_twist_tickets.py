@@ -1,11 +1,15 @@
 """Tickets of TwIST against pruning of a dense model that was trained on as many tokens, at the same sizes, on two texts.
 
-Both go on from the same trained model. TwIST's rounds have two parts, one of them whole; the dense run has as many steps, each on as many tokens. ``code``: the
-source of Python's standard library, from a model that was trained on it. ``wikitext``: WikiText-2, from a model that is made here first, by training
-the same one on WikiText-2 for 0.74 million tokens (kept in runs/). ``scratch``: a small untrained model; ``scratch-sorted``: the same with the command's settings for new models.
-``pruned-first``: rivals that are pruned at the start and then trained on as many tokens, one for each size. Models and texts are in ../shared
-(``PARTWISE_MODELS``, ``PARTWISE_DATA``). Run: ``python benchmarks/train_twist_tickets.py [base] [code] [wikitext] [scratch] [pruned-first] ...``, all if none is named (each takes
-a quarter of an hour on one core). A run that was interrupted goes on after the last seed that was done.
+Both go on from the same trained model. TwIST's rounds have two parts, one of them whole; the dense run has as many steps, each on as many tokens.
+
+* ``code``: the source of Python's standard library, from a model that was trained on it.
+* ``wikitext``: WikiText-2, from a model that is made here first, by training the same one on WikiText-2 for 0.74 million tokens (kept in runs/).
+* ``wikitext-longer``: the same with twice the tokens.
+* ``scratch``: a small untrained model; ``scratch-sorted``: the same with the command's settings for new models.
+* ``pruned-first``: rivals that are pruned at the start and then trained on as many tokens, one for each size.
+
+Models and texts are in ../shared (``PARTWISE_MODELS``, ``PARTWISE_DATA``). Run: ``python benchmarks/train_twist_tickets.py [base] [code] ...``, all if none is
+named (each takes a quarter of an hour on one core). A run that was interrupted goes on after the last seed that was done.
 """
 
 from __future__ import annotations
@@ -333,7 +337,7 @@ def pruned_first(experiment: Experiment) -> None:
             seconds=time.perf_counter() - began,
             baseline=f"{rival['pruning']} (the best of {', '.join(SAME_UNITS)} on the calibration text), then dense training of that model alone",
             baseline_values=tuple(rival["perplexities"]),
-            note=f"{experiment.num_tokens:,} tokens each. The rival is trained anew for each size; TwIST is trained once for all sizes and leaves the whole model too.",
+            note=f"{experiment.num_tokens:,} tokens each. The rival is trained anew for each size; TwIST once for all sizes and the whole model.",
         )
         append(NAME, row)
         print(row.claim, row.values, row.baseline_values, flush=True)
