@@ -180,7 +180,7 @@ def time_against_processes() -> None:
             seconds,
             unit="seconds per round",
             started=started,
-            note="784-1024-1024-10, 8 parts; the four values are for 1, 2, 4 and 8 processes of one thread each, on two cores that other programs may share, so "
+            note="784-1024-1024-10, 8 parts; the four values are for 1, 2, 4 and 8 processes of one thread each, on two cores that others may share, so "
             "they say what an exchange costs and not how rounds scale. "
             f"{bytes_per_round(method, perceptron(1024)).total / 2**20:.1f} MiB per round; messages add at most {max(added):.2%} to the formula.",
         )
