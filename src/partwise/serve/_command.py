@@ -148,7 +148,7 @@ def help_text() -> str:
     from partwise import serve
     from partwise.serve._flags import DEFAULT_METHOD
 
-    width = max(map(len, serve.METHODS)) + 2
+    width = max(map(len, serve.RULES)) + 2
     index = dict(line.strip("- ").replace("`", "").split(" - ", 1) for line in (serve.__doc__ or "").splitlines() if line.startswith("- ``"))
-    methods = "\n".join(f"  {name:<{width}}{index[name].rpartition(' - ')[0] or index[name]}" for name in serve.METHODS)
+    methods = "\n".join(f"  {name:<{width}}{index[name].rpartition(' - ')[0] or index[name]}" for name in serve.RULES)
     return HELP.format(default=DEFAULT_METHOD, methods=methods)
