@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from partwise.serve._layer import BudgetedLayer, Shared
+from partwise.serve._held_tokens import Shared
+from partwise.serve._layer import BudgetedLayer
 from partwise.serve._plain_store import PlainStore
 from partwise.serve.rule import EvictionRule
 

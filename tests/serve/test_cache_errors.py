@@ -13,7 +13,8 @@ from transformers import DynamicCache, T5Config, T5ForConditionalGeneration
 import partwise.serve._attention as attention_module
 from cache_models import continued, decoder, padded, shared_decoder, words
 from partwise.checks import InputError, RunError
-from partwise.serve.cache import BudgetedCache, attached
+from partwise.serve._attached import attached
+from partwise.serve.cache import BudgetedCache
 from partwise.serve.caches import H2OCache, ScissorhandsCache, SlidingWindowCache, StreamingLLMCache
 from partwise.serve.scissorhands import Scissorhands
 
@@ -353,7 +354,9 @@ def test_a_layer_that_does_not_exist_is_refused(layer):
 def test_the_repr_of_a_cache_says_how_it_was_made():
     model = shared_decoder("llama")
     cache = BudgetedCache(model, Scissorhands(recent=3, drop=4), budget=[12, 14], pinned=2, bits=None)
-    text = "BudgetedCache(model, Scissorhands(recent=3, num_sinks=0, drop=4, window=400, prompt_window=128), budget=[12, 14], pinned=[0, 1], bits=None)"
+    text = (
+        "BudgetedCache(model, Scissorhands(recent=3, num_sinks=0, drop=4, window=400, prompt_window=128), budget=[12, 14], pinned=[0, 1], bits=None)"
+    )
     assert repr(cache) == text
     again = eval(text, {"BudgetedCache": BudgetedCache, "Scissorhands": Scissorhands, "model": model})  # noqa: S307 - our own repr
     assert repr(again) == text
@@ -377,3 +380,14 @@ def test_a_cache_made_inside_of_attached_survives_a_padded_batch_after_a_failure
         with pytest.raises(IndexError):
             model(input_ids=torch.full((1, 3), 10**6), past_key_values=cache)
         assert continued(model, cache, short["input_ids"], attention_mask=short["attention_mask"]).shape == (2, 21)
+
+
+def test_a_text_longer_than_the_model_was_made_for_is_announced_once(caplog):
+    model = decoder("llama", max_position_embeddings=20)
+    cache = ScissorhandsCache(model, budget=16, recent=2, drop=1)
+    model(torch.ones(1, 18, dtype=torch.int64), past_key_values=cache)
+    assert not caplog.records
+    for _ in range(6):
+        model(torch.ones(1, 1, dtype=torch.int64), past_key_values=cache)
+    [record] = caplog.records
+    assert record.getMessage().startswith("The text passes 20 tokens, the longest this model was made for.")

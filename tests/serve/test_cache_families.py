@@ -11,7 +11,7 @@ from transformers import DynamicCache, set_seed
 
 from cache_models import FAMILIES, KERNELS, WORDS, continued, decoder, padded, plain, shared_decoder, stepped, words
 from partwise.checks import InputError
-from partwise.serve.cache import attached
+from partwise.serve._attached import attached
 from partwise.serve.caches import (
     H2OCache,
     KeyNormCache,

@@ -20,8 +20,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from partwise.serve._attached import attached
     from partwise.serve.budgets import Calibration, calibrate_budgets
-    from partwise.serve.cache import BudgetedCache, CacheReport, attached
+    from partwise.serve.cache import BudgetedCache
+    from partwise.serve.cache_report import CacheReport
     from partwise.serve.caches import (
         H2OCache,
         KeyNormCache,
@@ -85,7 +87,7 @@ RULES = {
 METHODS = RULES | {"domain-router": "partwise.serve.domain_router:DomainRouter"}
 _HOMES = {
     "BudgetedCache": "cache",
-    "CacheReport": "cache",
+    "CacheReport": "cache_report",
     "Calibration": "budgets",
     "DomainRouter": "domain_router",
     "H2O": "h2o",
@@ -106,7 +108,7 @@ _HOMES = {
     "TOVA": "tova",
     "TovaCache": "caches",
     "allocate_budgets": "persistence",
-    "attached": "cache",
+    "attached": "_attached",
     "calibrate_budgets": "budgets",
     "persistence_ratio": "persistence",
 }

@@ -18,7 +18,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from partwise.checks import InputError
-from partwise.serve._layer import MARK
+from partwise.serve._decoder import unsupported
+from partwise.serve._held_tokens import MARK
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -49,7 +50,7 @@ def _base(kernel: str, module: Any) -> Callable[..., Any]:
         return found if not kernel.startswith("flash") else lambda module, *args, **kwargs: found(_named(module, kernel), *args, **kwargs)
     function: Callable[..., Any] | None = getattr(home, "eager_attention_forward", None)
     if function is None:
-        raise _unsupported(
+        raise unsupported(
             type(module).__name__, "its module has no function eager_attention_forward", advice="Load it with attn_implementation='sdpa'."
         )
     return function
@@ -97,7 +98,7 @@ def attach(model: Any) -> None:
             f"got a model whose attention is {kernel!r}, expected one of {', '.join(KERNELS)}. Call model.set_attn_implementation('sdpa').",
         )
     if not getattr(model, "_supports_attention_backend", False):
-        raise _unsupported(type(model).__name__, "its attention does not go through transformers' AttentionInterface")
+        raise unsupported(type(model).__name__, "its attention does not go through transformers' AttentionInterface")
     if model.config.get_text_config(decoder=True)._attn_implementation != PREFIX + kernel:
         model.set_attn_implementation(PREFIX + kernel)
 
@@ -122,14 +123,14 @@ def probe(model: Any, cache: Cache, *, kv_heads: int, dim: int) -> None:
         except InputError:
             raise
         except Exception as error:
-            raise _unsupported(type(model).__name__, f"one token through it failed with {type(error).__name__}: {error}") from error
+            raise unsupported(type(model).__name__, f"one token through it failed with {type(error).__name__}: {error}") from error
     missed = [index for index, layer in budgeted.items() if layer.largest != 1]
     if missed:
-        raise _unsupported(type(model).__name__, f"layers {missed} did not use the cache")
+        raise unsupported(type(model).__name__, f"layers {missed} did not use the cache")
     for layer in budgeted.values():
         shapes = [tuple(tensor.shape) for tensor in layer.store.read()]
         if shapes != [(1, kv_heads, 1, dim)] * 2:
-            raise _unsupported(type(model).__name__, f"a token has keys and values of shape {shapes}, not {(1, kv_heads, 1, dim)} as configured")
+            raise unsupported(type(model).__name__, f"a token has keys and values of shape {shapes}, not {(1, kv_heads, 1, dim)} as configured")
     _probed.setdefault(type(model), set()).add(kernel)
 
 
@@ -142,11 +143,3 @@ def _evaluating(model: Any) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _unsupported(name: str, why: str, *, advice: str = "") -> InputError:
-    tested = "Llama, Qwen2, Qwen3, Mistral, Gemma2, Gemma3, Phi3, OPT and GPT-NeoX"
-    return InputError(
-        "cache-unsupported-model",
-        f"got {name}, which cannot have a cache with a budget: {why}. Expected a decoder such as {tested}. {advice or 'Use a full cache for it.'}",
-    )

@@ -17,7 +17,7 @@ __all__ = ["describe_prompts", "num_layers"]
 
 def num_layers(probe: Any) -> int:
     """Hidden states that a probe has: one for each layer, and the embeddings."""
-    config = getattr(probe, "config", None)
+    config: Any = getattr(probe, "config", None)
     if not hasattr(config, "num_hidden_layers") or not callable(getattr(probe, "get_input_embeddings", None)):
         raise _no_hidden_states(probe)
     return int(config.num_hidden_layers) + 1

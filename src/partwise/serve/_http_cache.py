@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from partwise.serve.cache import BudgetedCache, _head_dim, _kv_heads
+from partwise.serve._decoder import head_dim, kv_heads
+from partwise.serve.cache import BudgetedCache
 
 if TYPE_CHECKING:
     from partwise.serve.rule import EvictionRule
@@ -48,8 +49,8 @@ class CacheMaker:
         hold between calls. A layer with a window of its own is counted with all tokens, since transformers keeps their memory until the next one comes.
         """
         config = self.model.config.get_text_config(decoder=True)
-        per_token = _kv_heads(config) * 2 * _head_dim(config) * self.model.dtype.itemsize
-        notes = cache._note_bytes(1, 1, _kv_heads(config))
+        per_token = kv_heads(config) * 2 * head_dim(config) * self.model.dtype.itemsize
+        notes = cache.note_bytes(1, 1, kv_heads(config))
         one_layer = (num_prompt + self.budget + 1) * (per_token + notes)
         own_window = len(cache.layers) - len(cache.budgeted)
         return cache.max_bytes() + int(one_layer + own_window * (num_prompt + num_new) * per_token)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 
 from partwise.checks import InputError, RunError
+from partwise.serve._attached import attached
 from partwise.serve._http_cache import CacheMaker
 from partwise.serve._http_door import Door, DoorSettings
 from partwise.serve._http_generation import BoundedGenerateManager
@@ -23,7 +24,6 @@ from partwise.serve._http_handlers import build_application, quiet_handlers
 from partwise.serve._http_memory import CacheMemory
 from partwise.serve._http_queue import Turnstile
 from partwise.serve._http_requests import Limits
-from partwise.serve.cache import attached
 
 if TYPE_CHECKING:
     from partwise.serve.http_server import HttpFlags

@@ -53,8 +53,9 @@ class LinearHead:
             return sums
         if self.link == "sigmoid":
             return 0.5 * (1 + np.tanh(sums / 2))
-        powers = np.exp(sums - sums.max(1, keepdims=True))
-        return powers / powers.sum(1, keepdims=True)
+        powers: Floats = np.exp(sums - sums.max(1, keepdims=True))
+        shares: Floats = powers / powers.sum(1, keepdims=True)
+        return shares
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard
 
 import torch
@@ -14,77 +14,21 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types
 
 from partwise.checks import InputError, RunError
 from partwise.ledger import Ledger, Part
-from partwise.serve._attention import _unsupported, attach, detach, probe
-from partwise.serve._layer import BudgetedLayer, Shared
+from partwise.serve._attention import attach, probe
+from partwise.serve._decoder import check_layer_types, decoder_config, head_dim, kv_heads
+from partwise.serve._held_tokens import Shared
+from partwise.serve._layer import BudgetedLayer
 from partwise.serve._packed_store import PackedStore
 from partwise.serve._plain_store import PlainStore
+from partwise.serve.cache_report import CacheReport, LayerReport
 from partwise.serve.rule import EvictionRule, Limits
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["BudgetedCache", "CacheReport", "LayerReport", "attached"]
+__all__ = ["BudgetedCache"]
 
-_active: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # blocks of `attached` that a model is in
-OWN_WINDOW = {"sliding_attention", "chunked_attention", "linear_attention", "conv"}  # layers whose memory is bounded already
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One layer of a cache.
-
-    Parameters
-    ----------
-    index : int
-        Number of the layer in the model.
-    budget : int or None
-        Tokens per row and head; None for a layer that bounds itself.
-    slots : int
-        Tokens cached now, per row and head.
-    bytes, bytes_full : int
-        Bytes held now, and those of keys and values of all tokens that passed, in the model's dtype.
-    evictions : int
-        How often tokens were let go.
-    mass_kept : float or None
-        Share of its attention that the last query before an eviction had on the tokens that stayed, mean over the evictions where it was measured.
-    """
-
-    index: int
-    budget: int | None
-    slots: int
-    bytes: int
-    bytes_full: int
-    evictions: int
-    mass_kept: float | None
-
-
-@dataclass(frozen=True)
-class CacheReport:
-    """What a cache holds and what it let go.
-
-    Parameters
-    ----------
-    layers : tuple of LayerReport
-        In the order of the model.
-    bytes, bytes_full : int
-        Bytes of all tensors held now, notes about tokens included, and those of a full cache after as many tokens.
-    max_bytes : int
-        Bytes that are never exceeded between two calls, for this number of rows.
-    tokens_seen : int
-        Tokens that passed, padding included.
-    evictions : int
-        Sum over the layers.
-    mass_kept : float or None
-        Mean over the layers.
-    """
-
-    layers: tuple[LayerReport, ...]
-    bytes: int
-    bytes_full: int
-    max_bytes: int
-    tokens_seen: int
-    evictions: int
-    mass_kept: float | None
+log = logging.getLogger(__name__)
 
 
 class BudgetedCache(Cache):
@@ -128,9 +72,9 @@ class BudgetedCache(Cache):
         residual: int = 16,
         score_chunk: int | None = None,
     ) -> None:
-        config = _decoder_config(model)
+        config = decoder_config(model)
         types, settings = get_layer_types_and_kwargs(config)
-        _check_types(type(model).__name__, types)
+        check_layer_types(type(model).__name__, types)
         self.rule, self.bits, self.residual, self.score_chunk = rule, bits, residual, score_chunk
         self._dtype = model.dtype
         self.pinned = _pinned(pinned)
@@ -147,7 +91,7 @@ class BudgetedCache(Cache):
         name = config._attn_implementation
         attach(model)
         try:
-            probe(model, self, kv_heads=_kv_heads(config), dim=_head_dim(config))
+            probe(model, self, kv_heads=kv_heads(config), dim=head_dim(config))
         except BaseException:
             model.set_attn_implementation(name)
             raise
@@ -187,7 +131,7 @@ class BudgetedCache(Cache):
                 "bad-cache-setting",
                 f"got score_chunk={self.score_chunk!r} and residual={self.residual!r}, expected at least 1 and at least 0. Leave them out.",
             )
-        dim = _head_dim(config)
+        dim = head_dim(config)
         if self.bits is not None and dim % 32:
             raise InputError(
                 "cache-head-dim", f"got heads of {dim} dimensions with bits={self.bits}, expected a multiple of 32 to pack in groups. Leave bits out."
@@ -216,6 +160,7 @@ class BudgetedCache(Cache):
         layer = self.layers[layer_idx]
         if layer_idx == 0:
             self._check_whole(key_states.shape[0])
+            self._warn_of_length(key_states.shape[2])
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if hasattr(layer, "sliding_window") and key_states.shape[2] > 1:
             layer.keys, layer.values = layer.keys.clone(), layer.values.clone()  # they are views of all tokens that came
@@ -234,6 +179,14 @@ class BudgetedCache(Cache):
             raise InputError(
                 "cache-batch-size",
                 f"got a batch of {batch_size} rows for a cache that holds {rows}, expected as many. Call cache.reset(), or make a cache for each batch size.",
+            )
+
+    def _warn_of_length(self, new: int) -> None:
+        """Say once when the text grows longer than what the model was made for."""
+        longest = getattr(self._shared.config, "max_position_embeddings", None)
+        if longest and self.seen <= longest < self.seen + new:
+            log.warning(
+                "The text passes %d tokens, the longest this model was made for. A budget bounds memory; it does not make a model read further.", longest
             )
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
@@ -284,20 +237,20 @@ class BudgetedCache(Cache):
             Rows of a batch, and beams of each.
         """
         rows, config = batch_size * num_beams, self._shared.config
-        dim, kv_heads = _head_dim(config), _kv_heads(config)
+        dim, heads = head_dim(config), kv_heads(config)
         query = 0 if self.rule.horizon == 0 else rows * config.num_attention_heads * dim * self._dtype.itemsize
         total = 0
         for budget in self.budget:
-            sizes = {"limit": budget + 1, "batch_size": rows, "num_heads": kv_heads, "dim": dim, "value_dim": dim, "itemsize": self._dtype.itemsize}
+            sizes = {"limit": budget + 1, "batch_size": rows, "num_heads": heads, "dim": dim, "value_dim": dim, "itemsize": self._dtype.itemsize}
             total += PlainStore.bound(**sizes) if self.bits is None else PackedStore.bound(**sizes, bits=self.bits, residual=self.residual)
             total += (
-                self._note_bytes(rows, budget + 1, kv_heads) + query * self._chunk(budget) + rows * 2 * torch.int64.itemsize
+                self.note_bytes(rows, budget + 1, heads) + query * self._chunk(budget) + rows * 2 * torch.int64.itemsize
             )  # tokens of a row, and observed ones
         windows = sum(int(layer.sliding_window) for layer in self.layers if hasattr(layer, "sliding_window"))
-        own: int = rows * kv_heads * windows * 2 * dim * self._dtype.itemsize
+        own: int = rows * heads * windows * 2 * dim * self._dtype.itemsize
         return total + own
 
-    def _note_bytes(self, rows: int, slots: int, kv_heads: int) -> int:
+    def note_bytes(self, rows: int, slots: int, kv_heads: int) -> int:
         """Positions and records of all heads, and which slots hold tokens."""
         per_slot = torch.int32.itemsize + self.rule.channels * self.rule.record_dtype.itemsize
         return rows * slots * (kv_heads * per_slot + torch.bool.itemsize)
@@ -322,7 +275,7 @@ class BudgetedCache(Cache):
             held = _bytes_of(layer)
             return LayerReport(index, None, 0 if getattr(layer, "keys", None) is None else layer.keys.shape[-2], held, held, 0, None)
         config = self._shared.config
-        full = max(0, layer.batch_size) * layer.seen * _kv_heads(config) * 2 * _head_dim(config) * self._dtype.itemsize
+        full = max(0, layer.batch_size) * layer.seen * kv_heads(config) * 2 * head_dim(config) * self._dtype.itemsize
         mass = None if layer.mass is None else float(layer.mass) / layer.num_masses
         return LayerReport(index, layer.budget, layer.num_slots, layer.nbytes, full, layer.evictions, mass)
 
@@ -349,73 +302,6 @@ class BudgetedCache(Cache):
         return Ledger(tuple(parts))
 
 
-@contextlib.contextmanager
-def attached(model: Any, cache: BudgetedCache | None = None) -> Iterator[Any]:
-    """Inside the block the model uses the cache although nobody passes it; afterwards nothing of it is left on the model.
-
-    For code that calls ``model.generate(...)`` or ``model(...)`` and makes its own cache or none. Without ``cache``: only put the model's attention back
-    at the end, for those who make a cache inside and want no trace of it.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        The model.
-    cache : BudgetedCache, optional
-        What it is to use; made for this model.
-
-    Yields
-    ------
-    PreTrainedModel
-        The model.
-    """
-    outer, had_own = _active.get(model, 0), "generate" in vars(model)
-    generate = model.generate
-
-    def forward_with_cache(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return args, kwargs | {"past_key_values": cache, "use_cache": True}
-
-    def generate_with_cache(*args: Any, **kwargs: Any) -> Any:
-        return generate(*args, **kwargs | {"past_key_values": cache})
-
-    handle = None
-    _active[model] = outer + 1
-    try:
-        if cache is not None:
-            attach(model)  # another block may have taken it off
-            handle = model.register_forward_pre_hook(forward_with_cache, with_kwargs=True)
-            model.generate = generate_with_cache
-        yield model
-    finally:
-        if handle is not None:
-            handle.remove()
-            if had_own:
-                model.generate = generate
-            else:
-                del model.generate
-        _active[model] = outer
-        if not outer:
-            detach(model)
-
-
-def _decoder_config(model: Any) -> Any:
-    if model.config.is_encoder_decoder:
-        raise _unsupported(type(model).__name__, "it has an encoder and a decoder")
-    config = model.config.get_text_config(decoder=True)
-    if getattr(config, "kv_sharing_modes", None) is not None or bool(getattr(config, "num_kv_shared_layers", False)):
-        raise _unsupported(type(model).__name__, "some of its layers share keys and values")
-    return config
-
-
-def _check_types(name: str, types: Sequence[str]) -> None:
-    strange = sorted(set(types) - OWN_WINDOW - {"full_attention"})
-    if strange:
-        raise _unsupported(name, f"it has layers of type {', '.join(strange)}")
-    if "full_attention" not in types:
-        raise _unsupported(
-            name, f"all its layers are of type {', '.join(sorted(set(types)))}", advice="Their memory is bounded already: use no cache of ours."
-        )
-
-
 def _pinned(pinned: int | Sequence[int]) -> tuple[int, ...]:
     found = range(pinned) if _is_count(pinned) else pinned
     if isinstance(found, str) or not isinstance(found, Iterable) or not all(_is_count(token) for token in found):
@@ -438,15 +324,6 @@ def _budgets(budget: int | Sequence[int], num_layers: int) -> tuple[int, ...]:
 
 def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _head_dim(config: Any) -> int:
-    found = getattr(config, "head_dim", None)
-    return int(found) if found else int(config.hidden_size) // int(config.num_attention_heads)
-
-
-def _kv_heads(config: Any) -> int:
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
 def _bytes_of(layer: Any) -> int:

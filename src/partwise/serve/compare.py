@@ -303,7 +303,8 @@ def compare(
     InputError
         ``setting-out-of-range`` when a row is too short, and what the caches refuse; before anything is measured.
     """
-    from partwise.serve.cache import BudgetedCache, attached
+    from partwise.serve._attached import attached
+    from partwise.serve.cache import BudgetedCache
 
     check_sizes(budgets, num_tokens=ids.shape[1])
     check_caches(model, rules, budgets=budgets, bits=bits)
@@ -320,7 +321,8 @@ def compare(
 
 def check_caches(model: Any, rules: Mapping[str, EvictionRule], *, budgets: Sequence[int], bits: Literal[4, 8] | None) -> None:
     """Refuse what some cache would refuse, before minutes are spent on the others."""
-    from partwise.serve.cache import BudgetedCache, attached
+    from partwise.serve._attached import attached
+    from partwise.serve.cache import BudgetedCache
 
     with attached(model):
         for budget in budgets:

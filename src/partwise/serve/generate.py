@@ -242,7 +242,8 @@ def generate_text(
     """
     import torch
 
-    from partwise.serve.cache import BudgetedCache, attached
+    from partwise.serve._attached import attached
+    from partwise.serve.cache import BudgetedCache
 
     sampling = sampling or Sampling()
     ids = prompt_ids(tokenizer, prompt, chat=chat).to(model.device)  # (1, tokens)
