@@ -75,9 +75,7 @@ class ScissorhandsCache(RuleCache):
 
     See `RuleCache` for its arguments; ``settings`` are the fields of `Scissorhands`.
 
-    Examples
-    --------
-    ``model.generate(**inputs, past_key_values=ScissorhandsCache(model, budget=256))``
+    Pass it to ``model.generate(**inputs, past_key_values=ScissorhandsCache(model, budget=256))``.
 
     References
     ----------
@@ -172,7 +170,7 @@ class RandomTokensCache(RuleCache):
 
     References
     ----------
-    Vitter 1985.
+    Vitter 1985. doi:10.1145/3147.3165
     """
 
     rule_class = RandomTokens

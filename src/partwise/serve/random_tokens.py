@@ -35,7 +35,7 @@ class RandomTokens(EvictionRule):
 
     References
     ----------
-    Vitter. Random Sampling with a Reservoir. ACM Transactions on Mathematical Software, 1985.
+    Vitter. Random Sampling with a Reservoir. ACM Transactions on Mathematical Software, 1985. doi:10.1145/3147.3165
     """
 
     seed: int = 0
