@@ -47,9 +47,11 @@ def test_budgets_add_up_to_the_average_and_a_cache_takes_them():
 
 def test_the_model_is_left_as_it_was_and_layers_are_reported():
     model, told = llama().train(), []
+    model.lm_head.eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     calibrate_budgets(model, tokens(), average=16, rule=SlidingWindow(), report=lambda done, total: told.append((done, total)))
     assert model.training
+    assert not model.lm_head.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert told == [(1, 3), (2, 3), (3, 3)]
 

@@ -53,6 +53,7 @@ SETTINGS = [
     ({"budget": 40, "bits": 2}, "bad-cache-setting", r"got bits=2, expected 4, 8 or None"),
     ({"budget": 40, "bits": True}, "bad-cache-setting", r"got bits=True, expected 4, 8 or None"),
     ({"budget": 40, "bits": "4"}, "bad-cache-setting", r"got bits='4', expected 4, 8 or None"),
+    ({"budget": 40, "bits": 8.0}, "bad-cache-setting", r"got bits=8\.0, expected 4, 8 or None"),
     ({"budget": 40, "score_chunk": 0}, "bad-cache-setting", r"got score_chunk=0 and residual=16, expected at least 1 and at least 0"),
     ({"budget": 40, "residual": -1}, "bad-cache-setting", r"got score_chunk=None and residual=-1"),
     ({"budget": 40, "pinned": -1}, "bad-cache-setting", r"got pinned=-1, expected how many first tokens stay, or their numbers from 0 on"),
@@ -69,6 +70,26 @@ def test_a_bad_setting_is_refused_with_the_number_that_would_do(settings, code, 
         ScissorhandsCache(model, **settings)
     assert code in {None, caught.value.code}
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("rule", "text"), [(Scissorhands, r"got rule=<class"), ("h2o", r"got rule='h2o', expected a rule with its settings, such as Scissorhands\(\)")]
+)
+def test_what_is_no_rule_is_refused(rule, text):
+    with pytest.raises(InputError, match=text):
+        BudgetedCache(shared_decoder("llama"), rule, budget=40)
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), "my/llama", None], ids=["module", "path", "none"])
+def test_what_is_no_model_is_refused(model):
+    with pytest.raises(InputError, match=rf"got {type(model).__name__}, which cannot have a cache with a budget: it is no model of transformers"):
+        ScissorhandsCache(model, budget=40)
+
+
+@pytest.mark.parametrize("settings", [{"batch_size": 0}, {"batch_size": -1}, {"num_beams": 0}, {"batch_size": 1.5}])
+def test_a_bound_for_no_rows_is_refused(settings):
+    with pytest.raises(InputError, match=r"(batch_size|num_beams)=.* must be an integer of at least 1"):
+        ScissorhandsCache(shared_decoder("llama"), **SMALL).max_bytes(**settings)
 
 
 def test_the_smallest_budget_that_is_named_is_enough():
@@ -342,7 +363,16 @@ def test_positions_of_a_layer_that_holds_none_are_refused():
         cache.kept_positions(0)
 
 
-@pytest.mark.parametrize("layer", [-1, 4, 9])
+@pytest.mark.parametrize("row", [-1, 2, "0"])
+def test_a_ledger_of_a_row_that_does_not_exist_is_refused(row):
+    model = shared_decoder("llama")
+    cache = ScissorhandsCache(model, **SMALL)
+    continued(model, cache, words(2, 5))
+    with pytest.raises(InputError, match=rf"got row={row!r} of a cache with 2 rows, expected a number from 0 to 1"):
+        cache.ledger(row=row)
+
+
+@pytest.mark.parametrize("layer", [-1, 4, 9, "first"])
 def test_a_layer_that_does_not_exist_is_refused(layer):
     model = shared_decoder("gemma3")
     cache = ScissorhandsCache(model, **SMALL)
@@ -380,6 +410,48 @@ def test_a_cache_made_inside_of_attached_survives_a_padded_batch_after_a_failure
         with pytest.raises(IndexError):
             model(input_ids=torch.full((1, 3), 10**6), past_key_values=cache)
         assert continued(model, cache, short["input_ids"], attention_mask=short["attention_mask"]).shape == (2, 21)
+
+
+def test_attached_takes_no_other_cache():
+    model = decoder("llama")
+    with (
+        pytest.raises(InputError, match=r"got DynamicCache, expected a cache of this room, such as ScissorhandsCache"),
+        attached(model, DynamicCache(config=model.config)),
+    ):
+        pass
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_cache_after_another_one_was_detached_is_told_how_to_come_back():
+    model = decoder("llama")
+    first, second = ScissorhandsCache(model, **SMALL), ScissorhandsCache(model, **SMALL)
+    with attached(model, second):
+        model(words(1, 3))
+    with pytest.raises(RunError, match=r"the implementation is 'sdpa', .* within `with attached\(model, cache\):`"):
+        model(words(1, 3), past_key_values=first)
+    first.reset()
+    with attached(model, first):
+        model(words(1, 3))
+    assert first.seen == 3
+
+
+def test_attention_that_changes_the_keys_on_their_way_is_not_told_its_own_name():
+    class Changes(transformers.LlamaForCausalLM):
+        """Attention gets other keys than the cache gave."""
+
+    model = Changes(decoder("llama").config).eval()
+    for layer in model.model.layers:
+        layer.self_attn.forward = types.MethodType(_other_keys, layer.self_attn)
+    with pytest.raises(
+        InputError, match=r"got Changes, .* its attention passes the cache by, or gets other keys than the cache returned\. Expected a decoder"
+    ):
+        ScissorhandsCache(model, budget=40)
+
+
+def _other_keys(self, hidden_states, past_key_values, **kwargs):
+    keys = self.k_proj(hidden_states).view(1, 1, -1, self.head_dim).transpose(1, 2)
+    past_key_values.update(keys, keys, self.layer_idx)
+    return hidden_states, None
 
 
 def test_a_text_longer_than_the_model_was_made_for_is_announced_once(caplog):

@@ -36,6 +36,28 @@ def test_persistence_is_that_of_a_twin_of_loops(family, split):
             assert_close(found.pivotal_share[layer, head], torch.tensor(sum(share for _, share in slow) / 2), claim="share of a head")
 
 
+def test_a_model_in_training_is_measured_without_dropout_and_trains_on():
+    model, ids = decoder("opt"), words(2, 40)
+    quiet = persistence_ratio(model, ids)
+    model.config.attention_dropout = 0.5
+    for module in model.modules():
+        if hasattr(module, "dropout"):
+            module.dropout = 0.5
+    model.train()
+    model.lm_head.eval()
+    found = persistence_ratio(model, ids)
+    assert torch.equal(found.ratio, quiet.ratio)
+    assert model.training
+    assert not model.lm_head.training
+
+
+def test_what_is_no_model_and_what_is_no_tensor_is_refused():
+    with pytest.raises(InputError, match=r"got str, which cannot have a cache with a budget: it is no model of transformers"):
+        persistence_ratio("my/llama", words(1, 30))
+    with pytest.raises(InputError, match=r"got input_ids of shape \(\) and split=0\.5"):
+        persistence_ratio(shared_decoder("llama"), ["a text"])
+
+
 def test_ratio_share_and_lift_have_a_row_for_each_layer_with_a_budget():
     model = shared_decoder("gemma3")
     found = persistence_ratio(model, words(1, 30))

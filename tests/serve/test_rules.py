@@ -198,6 +198,8 @@ BAD = [
     (lambda: Scissorhands(window=0), r"window=0 must be an integer of at least 1"),
     (lambda: SnapKV(window=0), r"window=0 must be an integer of at least 1"),
     (lambda: SnapKV(pool=4), r"got pool=4, expected an odd number of neighbours"),
+    (lambda: SnapKV(pool=5.0), r"got pool=5\.0, expected an odd number of neighbours"),
+    (lambda: RandomTokens(seed="a"), r"seed='a' must be an integer of at least 0"),
     (lambda: SnapKV(pool=0), r"got pool=0, expected an odd number of neighbours"),
     (lambda: Scissorhands(drop=0), r"got drop=0, expected a number of tokens from 1 on, or a share of the budget between 0 and 1\. Try drop=10"),
     (lambda: Scissorhands(drop=1.0), r"got drop=1\.0, expected"),

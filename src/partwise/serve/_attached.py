@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from partwise.checks import InputError
 from partwise.serve._attention import attach, detach
-
-if TYPE_CHECKING:
-    from partwise.serve.cache import BudgetedCache
+from partwise.serve.cache import BudgetedCache
 
 __all__ = ["attached"]
 
@@ -36,6 +35,11 @@ def attached(model: Any, cache: BudgetedCache | None = None) -> Iterator[Any]:
     PreTrainedModel
         The model.
     """
+    if not (cache is None or isinstance(cache, BudgetedCache)):
+        raise InputError(
+            "bad-cache-setting",
+            f"got {type(cache).__name__}, expected a cache of this room, such as ScissorhandsCache(model, budget=256). Pass any other one as past_key_values.",
+        )
     outer, had_own = _active.get(model, 0), "generate" in vars(model)
     generate = model.generate
 

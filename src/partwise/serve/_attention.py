@@ -6,10 +6,9 @@ registered under names of their own, beside those that exist; a call that did no
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,16 +16,16 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from partwise.checks import InputError
+from partwise.checks import InputError, RunError
 from partwise.serve._decoder import unsupported
-from partwise.serve._held_tokens import MARK
+from partwise.serve._evaluating import evaluating
+from partwise.serve._held_tokens import MARK, PREFIX
 
 if TYPE_CHECKING:
     from transformers import Cache
 
-__all__ = ["KERNELS", "PREFIX", "attach", "detach", "own_kernel", "probe"]
+__all__ = ["KERNELS", "attach", "detach", "own_kernel", "probe"]
 
-PREFIX = "partwise_"
 KERNELS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 _probed: weakref.WeakKeyDictionary[type, set[str]] = weakref.WeakKeyDictionary()
 
@@ -117,13 +116,15 @@ def probe(model: Any, cache: Cache, *, kv_heads: int, dim: int) -> None:
     budgeted = {index: layer for index, layer in enumerate(cache.layers) if hasattr(layer, "attend")}
     embedding = model.get_input_embeddings()
     token = torch.zeros(1, 1, dtype=torch.int64, device=embedding.weight.device)
-    with torch.no_grad(), _evaluating(model):
+    with evaluating(model):
         try:
             model(input_ids=token, past_key_values=cache, use_cache=True)
         except InputError:
             raise
+        except RunError as error:
+            raise unsupported(type(model).__name__, "its attention passes the cache by, or gets other keys than the cache returned") from error
         except Exception as error:
-            raise unsupported(type(model).__name__, f"one token through it failed with {type(error).__name__}: {error}") from error
+            raise unsupported(type(model).__name__, f"one token through it failed with {type(error).__name__}: {str(error).rstrip('.')}") from error
     missed = [index for index, layer in budgeted.items() if layer.largest != 1]
     if missed:
         raise unsupported(type(model).__name__, f"layers {missed} did not use the cache")
@@ -132,14 +133,3 @@ def probe(model: Any, cache: Cache, *, kv_heads: int, dim: int) -> None:
         if shapes != [(1, kv_heads, 1, dim)] * 2:
             raise unsupported(type(model).__name__, f"a token has keys and values of shape {shapes}, not {(1, kv_heads, 1, dim)} as configured")
     _probed.setdefault(type(model), set()).add(kernel)
-
-
-@contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -14,6 +14,8 @@ OWN_WINDOW = {"sliding_attention", "chunked_attention", "linear_attention", "con
 
 def decoder_config(model: Any) -> Any:
     """Configuration of the part of a model that writes."""
+    if not hasattr(getattr(model, "config", None), "get_text_config"):
+        raise unsupported(type(model).__name__, "it is no model of transformers", advice="Pass the model itself.")
     if model.config.is_encoder_decoder:
         raise unsupported(type(model).__name__, "it has an encoder and a decoder")
     config = model.config.get_text_config(decoder=True)

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
     Store = PlainStore | PackedStore
 
-__all__ = ["MARK", "HeldTokens", "Shared"]
+__all__ = ["MARK", "PREFIX", "HeldTokens", "Shared"]
 
+PREFIX = "partwise_"  # of the names of our attention functions
 MARK = "_partwise_layer"  # on the keys that `update` returns: it leads the attention function back to the layer
 
 
@@ -148,11 +149,16 @@ class HeldTokens(CacheLayerMixin):
             return RunError(
                 "cache-interrupted", "got a cache whose last call failed half-way, expected a whole one. Call cache.reset() and start anew."
             )
-        return RunError(
-            "attention-not-attached",
-            f"the attention of the last call did not come back to the cache: the implementation is {name!r}, expected one that begins with 'partwise_'. "
-            "Make the cache after the model's attention is set, do not set it afterwards, and do not compile the model.",
-        )
+        if str(name).startswith(PREFIX):
+            why = (
+                f"did not come back to the cache, although the attention of its model is {name!r}. Use it with that model only, and do not compile it"
+            )
+        else:
+            why = (
+                f"did not come back to the cache: the implementation is {name!r}, expected one that begins with {PREFIX!r}. Make the cache after the model's "
+                "attention is set, do not set it afterwards, or use the cache within `with attached(model, cache):`"
+            )
+        return RunError("attention-not-attached", f"the attention of the last call {why}. Call cache.reset() before the next try.")
 
     def get_seq_length(self) -> int:
         """Tokens that passed, padding included; not the slots."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from partwise.checks import InputError
+from partwise.serve._evaluating import evaluating
 
 __all__ = ["describe_prompts", "num_layers"]
 
@@ -60,14 +61,8 @@ def _reading(probe: Any) -> Iterator[Any]:
     reader = probe.base_model
     if getattr(probe.config, "is_encoder_decoder", False):
         reader = probe.get_encoder()
-    modes = [(module, module.training) for module in reader.modules()]
-    reader.eval()
-    try:
-        with torch.no_grad():
-            yield reader
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(reader):
+        yield reader
 
 
 def _states(reader: Any, ids: Sequence[Sequence[int]], layers: Sequence[int]) -> list[Tensor]:

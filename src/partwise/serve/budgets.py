@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from partwise.checks import InputError, check_at_least
+from partwise.serve._evaluating import evaluating
 from partwise.serve.cache import BudgetedCache
 from partwise.serve.persistence import share_out
 from partwise.serve.scissorhands import Scissorhands
@@ -96,21 +97,16 @@ def calibrate_budgets(
     check_at_least(least, 1, name="minimum")
     check_at_least(average, least, name="average")
     layers = len(BudgetedCache(model, rule, budget=average).budget)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            full = _predictions(model, input_ids, BudgetedCache(model, rule, budget=tokens + 1 + average), start=average, block=block)
-            divergence = []
-            for layer in range(layers):
-                budgets = [tokens + 1 + average] * layers
-                budgets[layer] = average
-                found = _predictions(model, input_ids, BudgetedCache(model, rule, budget=budgets), start=average, block=block)
-                divergence.append(float((full.exp() * (full - found)).sum(dim=-1).mean()))
-                if report is not None:
-                    report(layer + 1, layers)
-    finally:
-        model.train(was_training)
+    with evaluating(model):
+        full = _predictions(model, input_ids, BudgetedCache(model, rule, budget=tokens + 1 + average), start=average, block=block)
+        divergence = []
+        for layer in range(layers):
+            budgets = [tokens + 1 + average] * layers
+            budgets[layer] = average
+            found = _predictions(model, input_ids, BudgetedCache(model, rule, budget=budgets), start=average, block=block)
+            divergence.append(float((full.exp() * (full - found)).sum(dim=-1).mean()))
+            if report is not None:
+                report(layer + 1, layers)
     return Calibration(tuple(share_out([math.sqrt(max(0.0, value)) for value in divergence], average=average, minimum=least)), tuple(divergence))
 
 

@@ -12,7 +12,7 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 
-from partwise.checks import InputError, RunError
+from partwise.checks import InputError, RunError, check_at_least
 from partwise.ledger import Ledger, Part
 from partwise.serve._attention import attach, probe
 from partwise.serve._decoder import check_layer_types, decoder_config, head_dim, kv_heads
@@ -122,7 +122,11 @@ class BudgetedCache(Cache):
         return lambda: PackedStore(budget + 1, bits=bits, residual=residual)
 
     def _check_settings(self, config: Any) -> None:
-        if self.bits not in (None, 4, 8):
+        if not isinstance(self.rule, EvictionRule):
+            raise InputError(
+                "bad-cache-setting", f"got rule={self.rule!r}, expected a rule with its settings, such as Scissorhands(). Pass an instance."
+            )
+        if self.bits is not None and (not _is_count(self.bits) or self.bits not in {4, 8}):
             raise InputError(
                 "bad-cache-setting", f"got bits={self.bits!r}, expected 4, 8 or None. Leave it out to store keys and values as they come."
             )
@@ -186,7 +190,8 @@ class BudgetedCache(Cache):
         longest = getattr(self._shared.config, "max_position_embeddings", None)
         if longest and self.seen <= longest < self.seen + new:
             log.warning(
-                "The text passes %d tokens, the longest this model was made for. A budget bounds memory; it does not make a model read further.", longest
+                "The text passes %d tokens, the longest this model was made for. A budget bounds memory; it does not make a model read further.",
+                longest,
             )
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
@@ -219,7 +224,7 @@ class BudgetedCache(Cache):
         Tensor of shape (batch, kv_heads, slots), int64
             Ascending; -1 where a slot is empty.
         """
-        chosen = self.layers[layer] if 0 <= layer < len(self.layers) else None
+        chosen = self.layers[layer] if _is_count(layer) and layer < len(self.layers) else None
         if not isinstance(chosen, BudgetedLayer) or chosen.store is None:
             raise InputError(
                 "cache-no-positions",
@@ -236,6 +241,8 @@ class BudgetedCache(Cache):
         batch_size, num_beams : int
             Rows of a batch, and beams of each.
         """
+        check_at_least(batch_size, 1, name="batch_size")
+        check_at_least(num_beams, 1, name="num_beams")
         rows, config = batch_size * num_beams, self._shared.config
         dim, heads = head_dim(config), kv_heads(config)
         query = 0 if self.rule.horizon == 0 else rows * config.num_attention_heads * dim * self._dtype.itemsize
@@ -281,6 +288,11 @@ class BudgetedCache(Cache):
 
     def ledger(self, *, row: int = 0) -> Ledger:
         """One part for every token and layer: kept where a head still holds it, dropped where none does. The score is the share of heads that hold it."""
+        rows = self.budgeted[0].batch_size
+        if rows >= 0 and not (_is_count(row) and row < rows):
+            raise InputError(
+                "cache-no-positions", f"got row={row!r} of a cache with {rows} rows, expected a number from 0 to {rows - 1}. Pass one of them."
+            )
         parts = []
         for index, layer in enumerate(self.layers):
             if not isinstance(layer, BudgetedLayer) or layer.store is None:

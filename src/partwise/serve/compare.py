@@ -193,8 +193,9 @@ def measure(
     InputError
         ``setting-out-of-range`` when there would be nothing to measure.
     """
-    import torch
     from transformers import DynamicCache
+
+    from partwise.serve._evaluating import evaluating
 
     num_rows, num_tokens = ids.shape
     first_scored = num_prefill if first_scored is None else first_scored
@@ -207,26 +208,22 @@ def measure(
     ids = ids.to(model.device)
     reference = caches[FULL] if FULL in caches else DynamicCache(config=model.config)
     tallies = {name: _Tally(cache) for name, cache in ({FULL: reference} | dict(caches)).items()}
-    names, was_training = list(tallies), model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            model(ids[:, :1], use_cache=False)  # the first call of a process is slow
-            for name in names:
-                _, tallies[name].prefill_seconds = _timed(model, ids[:, :num_prefill], tallies[name].cache)
-                tallies[name].peak_bytes = bytes_of(tallies[name].cache)
-            for position in range(num_prefill, num_tokens - 1):
-                turn = position % len(names)
-                logits: dict[str, Tensor] = {}
-                for name in names[turn:] + names[:turn]:
-                    logits[name], seconds = _timed(model, ids[:, position : position + 1], tallies[name].cache)  # (rows, vocabulary)
-                    tallies[name].seconds.append(seconds)
-                    tallies[name].peak_bytes = max(tallies[name].peak_bytes, bytes_of(tallies[name].cache))
-                if position >= first_scored:
-                    _score(tallies, logits, ids[:, position + 1])
-                report(phase, position + 2 - num_prefill, num_tokens - num_prefill, "")
-    finally:
-        model.train(was_training)
+    names = list(tallies)
+    with evaluating(model):
+        model(ids[:, :1], use_cache=False)  # the first call of a process is slow
+        for name in names:
+            _, tallies[name].prefill_seconds = _timed(model, ids[:, :num_prefill], tallies[name].cache)
+            tallies[name].peak_bytes = bytes_of(tallies[name].cache)
+        for position in range(num_prefill, num_tokens - 1):
+            turn = position % len(names)
+            logits: dict[str, Tensor] = {}
+            for name in names[turn:] + names[:turn]:
+                logits[name], seconds = _timed(model, ids[:, position : position + 1], tallies[name].cache)  # (rows, vocabulary)
+                tallies[name].seconds.append(seconds)
+                tallies[name].peak_bytes = max(tallies[name].peak_bytes, bytes_of(tallies[name].cache))
+            if position >= first_scored:
+                _score(tallies, logits, ids[:, position + 1])
+            report(phase, position + 2 - num_prefill, num_tokens - num_prefill, "")
     positions = range(first_scored, num_tokens - 1)
     return {name: tally.finish(positions, num_rows) for name, tally in tallies.items()}
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from partwise.checks import InputError, check_at_least
+from partwise.serve._decoder import decoder_config, kv_heads
+from partwise.serve._evaluating import evaluating
 from partwise.serve.cache import BudgetedCache
 from partwise.serve.rule import EvictionRule
 
@@ -103,18 +105,18 @@ def persistence_ratio(model: Any, input_ids: Tensor, *, split: float = 0.5) -> P
     ----------
     arXiv:2305.17118, section 3; the lift is ours.
     """
-    if input_ids.ndim != 2 or input_ids.shape[1] < 4 or not 0.0 < split < 1.0:
+    shape = tuple(getattr(input_ids, "shape", ()))
+    if len(shape) != 2 or shape[1] < 4 or not 0.0 < split < 1.0:
         raise InputError(
             "persistence-input",
-            f"got input_ids of shape {tuple(input_ids.shape)} and split={split}, expected (rows, at least 4 tokens) and a share between 0 and 1. "
+            f"got input_ids of shape {shape} and split={split}, expected (rows, at least 4 tokens) and a share between 0 and 1. "
             "Tokenize a longer text.",
         )
-    config = model.config.get_text_config(decoder=True)
-    tokens = input_ids.shape[1]
+    config, tokens = decoder_config(model), shape[1]
     place = max(1, min(tokens - 1, round(split * tokens)))
-    group = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    group = config.num_attention_heads // kv_heads(config)
     cache = BudgetedCache(model, _PivotalTokens(group=group, place=place), budget=tokens + 2)
-    with torch.no_grad():
+    with evaluating(model):
         model(input_ids=input_ids, past_key_values=cache, use_cache=True)
     ratios, shares = [], []
     for layer in cache.budgeted:

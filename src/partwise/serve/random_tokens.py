@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from partwise.checks import check_at_least
 from partwise.serve.rule import EvictionRule
 
 if TYPE_CHECKING:
@@ -41,6 +42,10 @@ class RandomTokens(EvictionRule):
     seed: int = 0
     drop: int | float = 1
     num_channels: ClassVar[int] = 1  # the token's lot
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self.seed, 0, name="seed")
 
     def initial(self, keys: Tensor, positions: Tensor) -> Tensor:
         """Draw a lot for each token: its place, mixed until nothing of the order is left."""

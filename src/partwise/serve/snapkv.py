@@ -49,7 +49,7 @@ class SnapKV(EvictionRule):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self.window, 1, name="window")
-        if self.pool < 1 or self.pool % 2 == 0:
+        if not isinstance(self.pool, int) or self.pool < 1 or self.pool % 2 == 0:
             raise InputError("bad-cache-setting", f"got pool={self.pool}, expected an odd number of neighbours, 1 or more. Pass 5, or 1 for none.")
 
     @property
