@@ -43,7 +43,7 @@ NUM_TOKENS, BUDGETS, FEWER = 512, (51, 102, 205), 5
 LONG_TOKENS, LONG_BUDGET = 2048, 410
 GOAL = 1.01  # times the perplexity of the full cache
 PAPER = "up to 5x smaller with the quality kept, up to 20x with 4 bits; OPT models of 6.7 to 66 billion parameters"
-PUBLISHED = Scissorhands(window=400, recent=10, drop=0.5)
+PUBLISHED = Scissorhands(window=400, recent=10, drop=0.5, prompt_window=400)
 RIVALS: dict[str, EvictionRule] = {
     "sliding window": SlidingWindow(),
     "StreamingLLM": StreamingLLM(),
