@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from partwise.models import Part, coupled_axes
 from partwise.rounds import part_seed
-from tiny import Bottleneck, PreActBlock, tiny_decoder, tiny_gpt2, tiny_mlp, tiny_resnet, tiny_vit
+from tiny import Bottleneck, PreActBlock, tiny_decoder, tiny_gpt2, tiny_mamba2, tiny_mlp, tiny_neox, tiny_resnet, tiny_vit
 
 IDS = torch.tensor([[3, 7, 1, 12, 9], [5, 5, 2, 0, 20]])
 
@@ -37,8 +37,15 @@ FAMILIES: dict[str, tuple[Callable[..., Any], Tensor]] = {
     "qwen2": (lambda **options: tiny_decoder("Qwen2", **options), IDS),
     "qwen3": (lambda **options: tiny_decoder("Qwen3", **options), IDS),
     "gpt2": (tiny_gpt2, IDS),
+    "gpt-neox": (tiny_neox, IDS),
+    "mamba2": (tiny_mamba2, IDS),
+    "mamba2-without-biases": (lambda **options: tiny_mamba2(use_bias=False, use_conv_bias=False, tie_word_embeddings=True, **options), IDS),
     "vit": (tiny_vit, images(8)),
 }
+# Those whose norms and scans compute in float32 whatever the dtype of the weights.
+IN_FLOAT32 = {"mamba2", "mamba2-without-biases"}
+# Those of whose axes no layer reads the units: a sum over states has no place for a factor.
+WITHOUT_READERS = {"mamba2", "mamba2-without-biases"}
 TRANSFORMERS = [name for name in FAMILIES if not name.startswith(("mlp", "resnet"))]
 
 

@@ -79,6 +79,28 @@ def tiny_gpt2(*, seed: int = 0, **changes: Any) -> transformers.GPT2LMHeadModel:
     return _seeded(transformers.GPT2LMHeadModel, transformers.GPT2Config(vocab_size=3 + len(WORDS), **(sizes | still | changes)), seed)
 
 
+def tiny_neox(*, seed: int = 0, **changes: Any) -> transformers.GPTNeoXForCausalLM:
+    """A GPT-NeoX of 2 layers, 2 heads, 32 neurons, without dropout, in evaluation mode."""
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "initializer_range": 0.06}
+    return _seeded(transformers.GPTNeoXForCausalLM, transformers.GPTNeoXConfig(vocab_size=3 + len(WORDS), **(ids | SIZES | changes)), seed)
+
+
+def tiny_mamba2(*, seed: int = 0, **changes: Any) -> transformers.Mamba2ForCausalLM:
+    """A Mamba2 of 2 layers, 4 heads, 8 states in one group, with biases that matter, in evaluation mode."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 4}
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "initializer_range": 0.2, "use_bias": True}
+
+    def build(config: Any) -> Any:
+        model = transformers.Mamba2ForCausalLM(config)
+        for layer in model.backbone.layers:  # of a fresh model they are zero, so that a mistake about them could not be seen
+            for bias in (layer.mixer.conv1d.bias, layer.mixer.in_proj.bias):
+                if bias is not None:
+                    nn.init.normal_(bias, std=0.3)
+        return model
+
+    return _seeded(build, transformers.Mamba2Config(vocab_size=3 + len(WORDS), **(sizes | ids | changes)), seed)
+
+
 def tiny_vit(*, seed: int = 0, **changes: Any) -> transformers.ViTForImageClassification:
     """A ViT for images of 8 x 8: 2 layers, 4 heads, 24 neurons, in evaluation mode."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24, "image_size": 8, "patch_size": 4}

@@ -3,8 +3,10 @@
 - ``parts`` - ``coupled_axes``, ``extract``, ``merge``, ``mask``.
 - ``axes`` - what an axis, a unit and a part are.
 - ``sampling`` - deal the units of axes into parts.
-- ``llama``, ``gpt2``, ``vit``, ``resnet``, ``mlp`` - one file per family; ``chains`` follows data through plain networks for the last two.
+- ``llama``, ``gpt2``, ``neox``, ``mamba2``, ``vit``, ``resnet``, ``mlp`` - one file per family; ``chains`` follows data through plain networks for the last
+  two.
 - ``uneven`` - transformers models whose layers differ in size.
+- ``uneven_files`` - write such models to folders and read them back.
 - ``names`` - where a module sits, read from its name.
 - ``loading`` - load models of transformers without a word on the terminal.
 

@@ -31,11 +31,36 @@ class Member:
         The dimension that the axis runs along.
     width : int, default=1
         Consecutive entries of one unit: unit ``u`` covers ``u * width`` to ``(u + 1) * width - 1``. The size of a head, for example.
+    starts : tuple of int, default=(0,)
+        Where the entries of unit 0 begin; several where a tensor holds the units several times, one row of them behind the other.
+    length : int, optional
+        Entries of the whole dimension, where some of them lie on no axis. Left out: there are no others.
     """
 
     tensor: str
     dim: int
     width: int = 1
+    starts: tuple[int, ...] = (0,)
+    length: int | None = None
+
+    def entries_of(self, units: Sequence[int]) -> torch.Tensor:
+        """Indices of the entries of some units, in the order of ``starts``."""
+        import torch
+
+        first = torch.tensor(units, dtype=torch.int64)[:, None] * self.width  # (units, 1)
+        wide = (first + torch.arange(self.width)).flatten()  # (units * width,)
+        return torch.cat([start + wide for start in self.starts])  # (starts * units * width,)
+
+    def kept_entries(self, units: Sequence[int], *, size: int) -> torch.Tensor:
+        """Sorted indices of everything that a part with these units of an axis of ``size`` units holds, entries on no axis included."""
+        import torch
+
+        if self.length is None:
+            return self.entries_of(units).sort().values
+        stays = torch.ones(self.length, dtype=torch.bool)  # (length,)
+        stays[self.entries_of(range(size))] = False
+        stays[self.entries_of(units)] = True
+        return stays.nonzero().flatten()  # (kept,)
 
 
 @dataclass(frozen=True)
@@ -47,14 +72,16 @@ class CoupledAxis:
     name : str
         Name of the module that makes the units.
     kind : str
-        ``"neurons"``, ``"heads"`` or ``"filters"``.
+        ``"neurons"``, ``"heads"``, ``"filters"`` or ``"states"``.
     size : int
         Number of units.
     members : tuple of Member
         Every tensor that has entries of a unit.
     readers : tuple of str
         The members that read the units as input. The output of each is a sum over units, so zeroing a unit's entries here removes the unit, and a factor
-        on the sum is folded here.
+        on the sum is folded here. None where something other than a layer reads them.
+    closers : tuple of str, default=()
+        The members whose entries switch a unit off when they are zero, where these are not the readers.
     """
 
     name: str
@@ -62,6 +89,7 @@ class CoupledAxis:
     size: int
     members: tuple[Member, ...]
     readers: tuple[str, ...]
+    closers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -138,16 +166,12 @@ def check_part(axes: Sequence[Axis], part: Part) -> None:
 
 def sliced_entries(axes: Iterable[Axis], part: Part) -> dict[str, dict[int, torch.Tensor]]:
     """Which entries of which tensor a part holds: tensor name -> {dimension: sorted indices}. Tensors that are not named are held whole."""
-    import torch
-
     entries: dict[str, dict[int, torch.Tensor]] = {}
     for axis in axes:
         if isinstance(axis, BlockAxis) or axis.name not in part.units:
             continue
-        units = torch.tensor(part.units[axis.name], dtype=torch.int64)  # (kept,)
         for member in axis.members:
-            wide = (units[:, None] * member.width + torch.arange(member.width)).flatten()  # (kept * width,)
-            entries.setdefault(member.tensor, {})[member.dim] = wide
+            entries.setdefault(member.tensor, {})[member.dim] = member.kept_entries(part.units[axis.name], size=axis.size)  # (kept,)
     return entries
 
 

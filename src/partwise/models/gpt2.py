@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
     from partwise.models.axes import Axis, Part
 
-__all__ = ["KINDS", "MODEL_TYPES", "block_class", "find_axes", "settle"]
+__all__ = ["KINDS", "MODEL_TYPES", "SIZES", "block_class", "find_axes", "settle"]
 
 MODEL_TYPES = ("gpt2",)
 NAME = "gpt2"
 KINDS = ("neurons",)
+SIZES = ("n_inner",)
 
 
 def block_class(model_type: str) -> type[nn.Module]:

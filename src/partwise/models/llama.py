@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 
     from partwise.models.axes import Axis, Part
 
-__all__ = ["KINDS", "MODEL_TYPES", "block_class", "check_loadable", "find_axes", "settle"]
+__all__ = ["KINDS", "MODEL_TYPES", "SIZES", "block_class", "check_loadable", "find_axes", "settle"]
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 NAME = ", ".join(MODEL_TYPES)
 KINDS = ("heads", "neurons")
+SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 
 def block_class(model_type: str) -> type[nn.Module]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["FAMILIES", "coupled_axes", "extract", "mask", "merge", "merge_tensors", "scale_readers", "slice_tensors", "tensors_of", "with_tensors"]
 
 # Asked in this order; convolutional networks come before perceptrons because they may contain one.
-FAMILIES = ("llama", "gpt2", "vit", "resnet", "mlp")
+FAMILIES = ("llama", "gpt2", "neox", "mamba2", "vit", "resnet", "mlp")
 
 
 def coupled_axes(model: nn.Module, *, kinds: Iterable[str] | None = None) -> tuple[Axis, ...]:
@@ -36,9 +36,10 @@ def coupled_axes(model: nn.Module, *, kinds: Iterable[str] | None = None) -> tup
     Parameters
     ----------
     model : torch.nn.Module
-        A multilayer perceptron, a convolutional network or ResNet, or a Llama, Mistral, Qwen2, Qwen3, GPT-2 or ViT model of transformers.
+        A multilayer perceptron, a convolutional network or ResNet, or a Llama, Mistral, Qwen2, Qwen3, GPT-2, GPT-NeoX, Mamba2 or
+        ViT model of transformers.
     kinds : iterable of str, optional
-        Only axes of these kinds: ``"neurons"``, ``"heads"``, ``"filters"``, ``"blocks"``, as far as the family has them. Left out: all.
+        Only axes of these kinds: ``"neurons"``, ``"heads"``, ``"filters"``, ``"states"``, ``"blocks"``, as far as the family has them. Left out: all.
 
     Returns
     -------
@@ -133,7 +134,8 @@ def merge(model: Model, results: Iterable[tuple[Part, nn.Module]], *, axes: Sequ
 def mask(model: Model, part: Part, *, axes: Sequence[Axis] | None = None) -> Model:
     """A copy of the whole model in which everything that a part does not hold is switched off: the slow twin of ``extract``.
 
-    Layers that read missing units get zeros in their columns, and missing blocks get a branch that returns zero.
+    Layers that read missing units get zeros in their columns, missing states get zeros where they are read and written, and missing blocks get a branch that
+    returns zero.
     """
     axes = coupled_axes(model) if axes is None else tuple(axes)
     check_part(axes, part)
@@ -145,9 +147,8 @@ def mask(model: Model, part: Part, *, axes: Sequence[Axis] | None = None) -> Mod
                 tensors[name].zero_()
             continue
         for member in axis.members:
-            if member.tensor in axis.readers:
-                for unit in missing:
-                    tensors[member.tensor].narrow(member.dim, unit * member.width, member.width).zero_()
+            if member.tensor in (axis.closers or axis.readers):
+                tensors[member.tensor].index_fill_(member.dim, member.entries_of(missing).to(tensors[member.tensor].device), 0)
     return with_tensors(model, tensors)
 
 
@@ -164,8 +165,18 @@ def scale_readers(model: Model, factors: Mapping[str, float], *, axes: Sequence[
         Axis name -> factor; axes that are not named: 1.
     axes : sequence of Axis
         Axes of the whole model.
+
+    Raises
+    ------
+    InputError
+        When an axis is not the model's, or no layer reads its units, so that a factor has no place.
     """
     check_part(axes, Part(dict.fromkeys(factors, (0,))))
+    if unread := [axis.name for axis in axes if axis.name in factors and not isinstance(axis, BlockAxis) and not axis.readers]:
+        raise InputError(
+            "no-readers",
+            f"got a factor for {unread[0]}, whose units no layer reads as its input, expected an axis with readers. Leave the sum over these units as it is.",
+        )
     readers = {reader: factors[axis.name] for axis in axes if not isinstance(axis, BlockAxis) and axis.name in factors for reader in axis.readers}
     tensors = {name: tensor.detach() * readers[name] if name in readers else tensor.detach().clone() for name, tensor in tensors_of(model).items()}
     return with_tensors(model, tensors)

@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 
     from partwise.models.axes import Axis, Part
 
-__all__ = ["KINDS", "MODEL_TYPES", "find_axes", "settle"]
+__all__ = ["KINDS", "MODEL_TYPES", "SIZES", "find_axes", "settle"]
 
 MODEL_TYPES = ("vit",)
 NAME = "vit"
 KINDS = ("heads", "neurons")
+SIZES: tuple[str, ...] = ()  # one number for all layers
 
 
 def find_axes(model: nn.Module) -> tuple[Axis, ...]:

@@ -96,7 +96,7 @@ class IST(SubnetMethod):
         """Every row of neurons, filters or head groups that only other layers read."""
         import numpy as np
 
-        axes = tuple(axis for axis in coupled_axes(model) if isinstance(axis, CoupledAxis))
+        axes = tuple(axis for axis in coupled_axes(model) if isinstance(axis, CoupledAxis) and axis.readers)
         if not axes:
             raise InputError(
                 "no-axes",
