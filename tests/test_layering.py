@@ -32,7 +32,7 @@ LAYERS: tuple[set[str], ...] = (
     {"runs", "figures", "commands"},
     {"report", "flags"},
     ROOMS,
-    {"doctor"},
+    {"doctor", "saved_models"},
     {"cli"},
     {"__main__"},
 )

@@ -69,7 +69,8 @@ def documented_by_parents(thing: Any) -> set[str]:
 
 
 def test_the_package_names_its_rooms_and_version():
-    assert set(partwise.__all__) == {"ROOMS", "__version__"}
+    assert set(partwise.__all__) == {"ROOMS", "__version__", "load"}
+    assert "\nload : " in (partwise.__doc__ or "")
     assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+)?", partwise.__version__)
     assert all(f"\n{room} : " in (partwise.__doc__ or "") for room in ROOMS)
 

@@ -211,12 +211,9 @@ def load_ticket(folder: Path, *, model: nn.Module | None = None) -> nn.Module:
         raise InputError("no-ticket", f"{folder / 'config.json'} does not name the class of its model, expected what save_ticket wrote. Check the path.")
     if "model_type" not in config:
         return _load_plain(config, folder)
-    import transformers
+    from partwise.models.uneven_files import load_uneven
 
-    [architecture] = config["architectures"]
-    with _sound_weights(folder), _built_layer_by_layer(config):
-        small: nn.Module = getattr(transformers, architecture).from_pretrained(folder, use_safetensors=True, local_files_only=True)
-    return small.eval()
+    return load_uneven(folder)
 
 
 def _candidates(
@@ -336,14 +333,3 @@ def _sound_weights(folder: Path) -> Iterator[None]:
         raise InputError(
             "weights-do-not-match", f"the weights of {folder} are not of the sizes that its configuration tells. Check that both files belong together."
         ) from error
-
-
-def _built_layer_by_layer(config: Any) -> contextlib.AbstractContextManager[None]:
-    """What stock code needs to read layers of different sizes; nothing where all have one size."""
-    from partwise.models import gpt2, llama
-    from partwise.models.uneven import per_layer_blocks
-
-    if not config.get("per_layer_config"):
-        return contextlib.nullcontext()
-    family = next(family for family in (llama, gpt2) if config["model_type"] in family.MODEL_TYPES)
-    return per_layer_blocks(family.block_class(config["model_type"]))
