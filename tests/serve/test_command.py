@@ -154,7 +154,7 @@ def test_a_comparison_ends_with_a_table_a_verdict_and_a_run(
         assert ["budget", str(budget)] in lines
     for method in ("scissorhands", "h2o", "sliding-window"):
         assert sum(line[:1] == [method] for line in lines) == 2
-    assert "2 rows of 40 tokens of the words, 54 predictions scored" in said
+    assert "2 rows of 40 tokens from words, 54 predictions scored" in said
     assert "With 12 tokens of 40 in the cache, " in said
     assert "report   runs/compare-001/report.html\nrun      runs/compare-001\n" in said
     assert (tmp_path / "runs/compare-001/report.html").exists()
@@ -256,10 +256,18 @@ MODEL = "MODEL"
         (["compare", "--budgets", "64,,x"], "error[bad-flag]: --budgets is 64,,x, expected whole numbers"),
         (["compare", "--methods", "h2o,fast"], "error[unknown-choice]: method='fast' is not known. Choose one of: all, scissorhands, "),
         (["compare", "--tokens", "64"], "error[setting-out-of-range]: got rows of 64 tokens for a smallest budget of 64, expected at least 66: "),
+        (["compare", "--methods", ""], "error[bad-flag]: --methods is empty, expected all, or some of: scissorhands, "),
+        (
+            ["compare", "--model", MODEL, "--tokens", "100", "--budgets", "20"],
+            "error[cache-budget]: for the method snapkv: got a budget of 20 tokens, ",
+        ),
         (["compare", "--rows", "0"], "error[bad-flag]: Error parsing settings: rows=0 must be an integer of at least 1."),
         (["compare", "--model", MODEL], "error[max-length]: --tokens 512 is more than the 128 that "),
         (["compare", "--model", MODEL, "--tokens", "100", "--text", "gone"], "error[data-not-found]: there is no file or folder 'gone'"),
-        (["compare", "--model", MODEL, "--tokens", "100", "--budgets", "8"], "error[cache-budget]: got a budget of 8 tokens, expected at least "),
+        (
+            ["compare", "--model", MODEL, "--tokens", "100", "--budgets", "8"],
+            "error[cache-budget]: for the method scissorhands: got a budget of 8 tokens, expected at least ",
+        ),
         (["compare", "--out", "."], "error[run-exists]: . is not empty, expected a new or an empty folder. Choose another --out."),
         (["compare", "--resume"], "error[bad-flag]: Unrecognized options: --resume"),
         (["http", "--method", "fast"], "error[unknown-choice]: method='fast' is not known."),

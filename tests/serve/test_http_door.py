@@ -79,11 +79,16 @@ def test_paths_that_transformers_offers_and_we_do_not_are_not_found(path: str):
 
 
 @pytest.mark.parametrize(
-    ("method", "path"), [("GET", PATH), ("POST", "/health"), ("DELETE", "/v1/models"), ("HEAD", "/health"), ("OPTIONS", PATH), ("X" * 500, PATH)]
+    ("method", "path"), [("GET", PATH), ("POST", "/health"), ("DELETE", "/v1/models"), ("HEAD", PATH), ("OPTIONS", PATH), ("X" * 500, PATH)]
 )
 def test_another_method_is_refused_with_the_right_one(method: str, path: str):
     reply = ask(door_with(), method, path)
-    assert (reply.status, reply.headers["allow"]) == (405, "POST" if path == PATH else "GET")
+    assert (reply.status, reply.headers["allow"]) == (405, "POST" if path == PATH else "GET, HEAD")
+
+
+@pytest.mark.parametrize("path", ["/health", "/metrics", "/v1/models", "/v1/models/tiny"])
+def test_whoever_only_looks_whether_the_server_is_there_is_answered(path: str):
+    assert ask(door_with(), "HEAD", path).status == 200
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,7 @@ def test_a_body_that_is_no_plain_object_is_refused(raw: bytes):
     with pytest.raises(Refusal) as caught:
         parse_object(raw)
     assert (caught.value.status, caught.value.code) == (400, "malformed_json")
+    assert "sys." not in str(caught.value.content())
 
 
 JSON = st.recursive(

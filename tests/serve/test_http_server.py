@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ openai = pytest.importorskip("openai", reason="the server is tested with OpenAI'
 
 from asgi_client import call, post
 from partwise.checks import InputError, RunError
+from partwise.serve._http_generation import BoundedGenerateManager
 from partwise.serve._http_parts import Parts, RunningServer, assemble
+from partwise.serve._http_refusal import Refusal
 from partwise.serve.caches import ScissorhandsCache
 from partwise.serve.http_server import HttpFlags, start_in_thread
 from partwise.serve.scissorhands import Scissorhands
@@ -119,6 +122,13 @@ def test_a_temperature_samples_and_a_seed_repeats_it(client: Any):
     assert text(temperature=1, seed=1) == text(temperature=1, seed=1) != text(temperature=1, seed=2)
     assert text(temperature=0) == text() != text(temperature=1, seed=1)
     assert text(top_p=0.9, seed=1) != text()
+
+
+def test_a_prompt_longer_than_the_model_reads_is_not_told_to_raise_the_limit():
+    limits = types.SimpleNamespace(max_prompt_tokens=99, context=100)
+    with pytest.raises(Refusal) as caught:
+        BoundedGenerateManager._check_length(limits, 100)
+    assert caught.value.content()["error"]["message"] == "the prompt has 100 tokens, expected at most 99: the model knows 100 positions. Shorten it."
 
 
 def test_errors_arrive_as_the_clients_own_exceptions(client: Any):

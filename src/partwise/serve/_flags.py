@@ -157,6 +157,8 @@ class CompareSettings:
     def rules(self) -> dict[str, EvictionRule]:
         """Methods by name, with what the flags say instead of their own settings."""
         names = names_of(self.methods)
+        if not names:
+            raise InputError("bad-flag", f"--methods is empty, expected all, or some of: {', '.join(rule_names())}. Leave it out for all.")
         for name in names:
             check_choice(name, ["all", *rule_names()], name="method")
         chosen = rule_names() if "all" in names else list(dict.fromkeys(names))

@@ -130,9 +130,10 @@ class Door:
         is_model = path == f"/v1/models/{self.limits.name}"
         if path not in POSTS and path not in GETS and not is_model:
             raise Refusal(404, "not_found", f"got the path {path[:100]!r}, expected one of {', '.join([*POSTS, *GETS])}. Check the base URL.")
-        allowed = "POST" if path in POSTS else "GET"
-        if method != allowed:
-            raise Refusal(405, "method_not_allowed", f"got {method[:20]} {path}, expected {allowed}. Change the method.", headers={"Allow": allowed})
+        allowed = "POST" if path in POSTS else "GET, HEAD"
+        if method not in allowed.split(", "):
+            expected = allowed.replace(", ", " or ")
+            raise Refusal(405, "method_not_allowed", f"got {method[:20]} {path}, expected {expected}. Change the method.", headers={"Allow": allowed})
         if path in POSTS:
             accepted = await self._read(path, headers, body)
             await self._queue(scope, accepted, body, answer)
@@ -141,7 +142,7 @@ class Door:
         elif is_model:
             await answer.json(200, {"id": self.limits.name, "object": "model", "created": 0, "owned_by": "partwise"})
         else:
-            await self.application(_inner(scope, f"get-{uuid.uuid4().hex}"), body.receive, answer.send)
+            await self.application(_inner({**scope, "method": "GET"}, f"get-{uuid.uuid4().hex}"), body.receive, answer.send)
 
     def _check_sender(self, headers: dict[bytes, list[bytes]]) -> None:
         if self.settings.token is not None:

@@ -246,8 +246,10 @@ class BoundedGenerateManager(GenerateManager):
         if num_prompt == 0:
             raise Refusal(400, "empty_prompt", "got a prompt without tokens, expected at least one. Write something to go on from.")
         if num_prompt > self.max_prompt_tokens:
-            text = f"the prompt has {num_prompt:,} tokens, expected at most {self.max_prompt_tokens:,}. Shorten it, or start the server with a larger"
-            raise Refusal(400, "context_length_exceeded", f"{text} --max-prompt-tokens; the model itself knows {self.context:,} positions.")
+            text = f"the prompt has {num_prompt:,} tokens, expected at most {self.max_prompt_tokens:,}"
+            if self.max_prompt_tokens == self.context - 1:
+                raise Refusal(400, "context_length_exceeded", f"{text}: the model knows {self.context:,} positions. Shorten it.")
+            raise Refusal(400, "context_length_exceeded", f"{text}. Shorten it, or start the server with a larger --max-prompt-tokens.")
 
     def _generate(self, lease: Lease, inputs: Any, config: Any, streamer: AnswerStreamer, cache: Any) -> Tensor:
         """Prompt and answer, (1, tokens)."""

@@ -75,6 +75,7 @@ def parse_object(raw: bytes) -> dict[str, Any]:
         json.dumps(body, ensure_ascii=False).encode()  # half of a surrogate pair is valid in JSON and has no UTF-8
     except (ValueError, RecursionError) as error:
         problem = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
+        problem = "a number has too many digits" if "set_int_max_str_digits" in problem else problem
         raise bad("malformed_json", f"got a body that is no JSON ({problem}), expected one object in UTF-8. Check how it is written.") from None
     if not isinstance(body, dict):
         raise bad("malformed_json", f"got {_kind(body)} as the body, expected one object. Put the fields between braces.")

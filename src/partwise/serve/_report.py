@@ -7,6 +7,7 @@ from typing import Any
 
 from partwise.report import Card, Column, Content, Grid, Group, RunRecord, Section, format_bytes, format_metric, format_seconds, markup
 from partwise.serve import _figures as figures
+from partwise.serve._text import LIBRARY
 
 LABELS = (
     "method", "perplexity", "change", "KL", "same token", "attention kept", "most bytes", "bound", "times less", "evictions", "tokens/s", "of full cache's",
@@ -22,6 +23,17 @@ def describe(record: RunRecord) -> Content:
     return Content(
         verdict=verdict_of(summary), cards=_cards(summary), sections=[_quality(summary), _table(summary), _along(summary), _speed(summary)]
     )
+
+
+def rows_of(summary: Mapping[str, Any]) -> str:
+    """How much was read."""
+    rows = "1 row" if summary["num_rows"] == 1 else f"{summary['num_rows']:,} rows"
+    return f"{rows} of {summary['num_tokens']:,} tokens"
+
+
+def text_of(summary: Mapping[str, Any]) -> str:
+    """What was read: a name, or the standard library."""
+    return f"the {summary['data']}" if summary["data"].startswith(LIBRARY) else summary["data"]
 
 
 def verdict_of(summary: Mapping[str, Any]) -> str:
@@ -75,7 +87,7 @@ def _cards(summary: Mapping[str, Any]) -> list[Card]:
     return [
         Card("perplexity, full cache", format_metric(full["perplexity"]), f"{full['num_scored']:,} predictions"),
         Card(f"perplexity at {budget:,} tokens", format_metric(best["perplexity"]), f"{best['method']}, {format_change(best['perplexity_change'])}"),
-        Card("bytes, full cache", format_bytes(full["peak_bytes"]), f"{summary['num_rows']} rows of {summary['num_tokens']:,} tokens"),
+        Card("bytes, full cache", format_bytes(full["peak_bytes"]), rows_of(summary)),
         Card(f"bytes at {budget:,} tokens", format_bytes(best["peak_bytes"]), f"{best['ratio']:.1f} times less"),
         Card("measured in", format_seconds(summary["seconds"]), f"on {summary['device']}, {summary['dtype']}"),
     ]
@@ -83,7 +95,7 @@ def _cards(summary: Mapping[str, Any]) -> list[Card]:
 
 def _quality(summary: Mapping[str, Any]) -> Section:
     lead = (
-        f"{summary['num_rows']} rows of {summary['num_tokens']:,} tokens of the {summary['data']}: {summary['num_prefill']:,} are read as one block, and every "
+        f"{rows_of(summary)} from {text_of(summary)}: {summary['num_prefill']:,} are read as one block, and every "
         "later one is predicted in a step of its own with each cache in turn. The full cache runs in the same loop."
     )
     drawing = figures.quality(methods_of(summary), summary["measurements"], summary["full"])

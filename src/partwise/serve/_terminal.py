@@ -47,11 +47,11 @@ def comparison_parts(summary: Mapping[str, Any]) -> Iterator[RenderableType]:
     from rich.text import Text
 
     from partwise.report import format_seconds
-    from partwise.serve._report import verdict_of
+    from partwise.serve._report import rows_of, text_of, verdict_of
 
     yield comparison_table(summary)
-    rows = f"{summary['num_rows']} rows of {summary['num_tokens']:,} tokens of the {summary['data']}"
-    yield Text(f"{summary['model']} on {rows}, {summary['full']['num_scored']:,} predictions scored, took {format_seconds(summary['seconds'])}")
+    read = f"{rows_of(summary)} from {text_of(summary)}"
+    yield Text(f"{summary['model']} on {read}, {summary['full']['num_scored']:,} predictions scored, took {format_seconds(summary['seconds'])}")
     yield Text(verdict_of(summary))
     yield Text(f"report   {summary['report'] or 'not drawn'}\nrun      {summary['run']}")
 

@@ -323,8 +323,11 @@ def check_caches(model: Any, rules: Mapping[str, EvictionRule], *, budgets: Sequ
 
     with attached(model):
         for budget in budgets:
-            for rule in rules.values():
-                BudgetedCache(model, rule, budget=budget, bits=bits)
+            for name, rule in rules.items():
+                try:
+                    BudgetedCache(model, rule, budget=budget, bits=bits)
+                except InputError as error:
+                    raise InputError(error.code, f"for the method {name}: {error}") from None
 
 
 def check_sizes(budgets: Sequence[int], *, num_tokens: int) -> None:
