@@ -22,6 +22,7 @@ from partwise.serve.caches import (
     StreamingLLMCache,
     TovaCache,
 )
+from partwise.serve.persistence import persistence_ratio
 
 CACHES = [ScissorhandsCache, SlidingWindowCache, StreamingLLMCache, H2OCache, TovaCache, SnapKVCache, KeyNormCache, RandomTokensCache]
 families = pytest.mark.parametrize(("family", "kernel"), KERNELS, ids=[f"{family}-{kernel}" for family, kernel in KERNELS])
@@ -188,11 +189,24 @@ def test_blocks_of_attached_caches_nest():
             inner = large(model)
             with attached(model, inner):
                 model(input_ids=ids)
+                model.generate(input_ids=torch.cat([ids, ids[:, :3]], dim=1), max_new_tokens=1)
             model(input_ids=ids[:, :4])
-        assert (inner.seen, outer.seen) == (9, 4)
+            model.generate(input_ids=ids[:, :6], max_new_tokens=1)
+        assert (inner.seen, outer.seen) == (12, 6)
         assert model.config._attn_implementation == "partwise_sdpa"
     assert model.config._attn_implementation == "sdpa"
     assert "generate" not in vars(model)
+
+
+def test_a_cache_with_a_budget_that_is_passed_inside_of_attached_is_used():
+    model, ids = decoder("llama"), words(1, 9)
+    mine, other = large(model), large(model)
+    with attached(model, other):
+        model(input_ids=ids, past_key_values=mine)
+        model.generate(input_ids=torch.cat([ids, ids[:, :3]], dim=1), past_key_values=mine, max_new_tokens=1)
+        persistence_ratio(model, ids)
+        model(input_ids=ids[:, :4], past_key_values=DynamicCache(config=model.config))
+    assert (mine.seen, other.seen) == (12, 4)
 
 
 def test_nothing_is_left_of_an_attached_cache_when_its_block_fails():

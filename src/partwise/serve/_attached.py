@@ -28,7 +28,7 @@ def attached(model: Any, cache: BudgetedCache | None = None) -> Iterator[Any]:
     model : PreTrainedModel
         The model.
     cache : BudgetedCache, optional
-        What it is to use; made for this model.
+        What it is to use, instead of any cache but one with a budget that is passed; made for this model.
 
     Yields
     ------
@@ -43,18 +43,22 @@ def attached(model: Any, cache: BudgetedCache | None = None) -> Iterator[Any]:
     outer, had_own = _active.get(model, 0), "generate" in vars(model)
     generate = model.generate
 
+    def chosen(kwargs: dict[str, Any]) -> Any:
+        passed = kwargs.get("past_key_values")
+        return passed if isinstance(passed, BudgetedCache) else cache
+
     def forward_with_cache(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return args, kwargs | {"past_key_values": cache, "use_cache": True}
+        return args, kwargs | {"past_key_values": chosen(kwargs), "use_cache": True}
 
     def generate_with_cache(*args: Any, **kwargs: Any) -> Any:
-        return generate(*args, **kwargs | {"past_key_values": cache})
+        return generate(*args, **kwargs | {"past_key_values": chosen(kwargs)})
 
     handle = None
     _active[model] = outer + 1
     try:
         if cache is not None:
             attach(model)  # another block may have taken it off
-            handle = model.register_forward_pre_hook(forward_with_cache, with_kwargs=True)
+            handle = model.register_forward_pre_hook(forward_with_cache, with_kwargs=True, prepend=True)  # before those of outer blocks
             model.generate = generate_with_cache
         yield model
     finally:
