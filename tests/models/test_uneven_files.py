@@ -236,8 +236,10 @@ def test_a_configuration_that_contradicts_its_tensors_is_refused_with_the_tensor
         (lambda settings: settings.update(hidden_size="wide"), r"config\.json cannot be used: .*hidden_size"),
         (lambda settings: settings.pop("architectures"), r"architectures is None, not a list with the name of one class"),
         (lambda settings: settings.pop("model_type"), r"model_type is None, not the name of a family"),
+        (lambda settings: settings.update(dtype=16), r"dtype is 16, not the name of one"),
+        (lambda settings: settings.update(pad_token_id=10**6), r"cannot be used: Padding_idx must be within num_embeddings\."),
     ],
-    ids=["zero", "text", "no-layer", "layer-out-of-range", "list", "text-for-a-number", "no-architecture", "no-type"],
+    ids=["zero", "text", "no-layer", "layer-out-of-range", "list", "text-for-a-number", "no-architecture", "no-type", "no-dtype", "no-token"],
 )
 def test_a_configuration_that_makes_no_model_is_refused_with_the_reason(change: Any, text: str, saved: Path):
     edit_config(saved, change)
@@ -333,7 +335,25 @@ def test_ties_that_would_tear_are_refused_by_both_names(tmp_path: Path):
     )
     with pytest.raises(InputError, match=text):
         save_uneven(shared, tmp_path / "torn")
+    alike = uneven(tiny_decoder("Llama"))
+    alike.lm_head.weight.data = alike.model.embed_tokens.weight.data
+    with pytest.raises(InputError, match=text):
+        save_uneven(alike, tmp_path / "torn")
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_of_several_dtypes_are_refused_because_a_configuration_names_one(tmp_path: Path):
+    model = uneven(tiny_mamba2()).to(torch.bfloat16)
+    model.backbone.layers[0].mixer.A_log.data = model.backbone.layers[0].mixer.A_log.data.float()
+    text = r"in bfloat16 and backbone\.layers\.0\.mixer\.A_log in float32, expected one dtype: config\.json names one, .* model\.to\(torch\.bfloat16\) or"
+    with pytest.raises(InputError, match=text):
+        save_uneven(model, tmp_path / "model")
+
+
+def test_a_file_that_does_not_allow_global_reading_is_opened_too(saved: Path):
+    before = load_uneven(saved)(IDS).logits
+    edit_config(saved, lambda settings: settings.pop("allow_global_per_layer_attribute_access"))
+    assert torch.equal(load_uneven(saved)(IDS).logits, before)
 
 
 def test_a_model_whose_configuration_is_not_its_own_is_refused_before_anything_is_written(tmp_path: Path):

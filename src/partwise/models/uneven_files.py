@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import os
     from types import ModuleType
 
-    from torch import nn
+    from torch import Tensor, nn
 
 __all__ = ["FAMILIES", "load_uneven", "save_uneven"]
 
@@ -51,7 +51,7 @@ def save_uneven(model: nn.Module, folder: str | os.PathLike[str], *, tokenizer: 
     Raises
     ------
     InputError
-        ``unknown-architecture`` for another class; ``torn-ties`` when loading would tie weights that differ, or tear those that are one;
+        ``unknown-architecture`` for another class; ``mixed-dtypes``; ``torn-ties`` when loading would tie weights that differ, or tear those that are one;
         ``sizes-contradict`` and ``weights-do-not-match`` when the configuration is not that of the tensors; ``quantised-model``; ``not-a-model-folder`` when
         something else is at ``folder``.
     RunError
@@ -65,6 +65,7 @@ def save_uneven(model: nn.Module, folder: str | os.PathLike[str], *, tokenizer: 
     _refuse_quantised(config.to_dict(), where=f"the {type(model).__name__}")
     _refuse_other_content(folder)
     _refuse_torn_ties(model)
+    _refuse_mixed_dtypes(model)
     with quiet(transformers):
         expected, tied = _expected_shapes(type(model), config, where=f"the {type(model).__name__}")
         saved = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -110,7 +111,7 @@ def load_uneven(folder: str | os.PathLike[str]) -> nn.Module:
         config = _config_of(kind, folder, settings, found)
         expected, tied = _expected_shapes(kind, config, where=str(folder / CONFIG))
         _compare(found, expected, tied=tied, where=str(folder), config=config, strict=config.is_heterogeneous)
-        with _built_layer_by_layer(config), _sound_weights(folder):
+        with _readable_config(folder / CONFIG), _built_layer_by_layer(config), _sound_weights(folder):
             model, info = kind.from_pretrained(folder, config=config, use_safetensors=True, local_files_only=True, output_loading_info=True)
     if info["missing_keys"]:  # would be drawn at random without a word
         raise _misses(folder, sorted(info["missing_keys"]))
@@ -129,6 +130,8 @@ def _settings_of(folder: Path) -> dict[str, Any]:
         raise _bad_config(folder / CONFIG, f"architectures is {architectures!r}, not a list with the name of one class")
     if not isinstance(settings.get("model_type"), str):
         raise _bad_config(folder / CONFIG, f"model_type is {settings.get('model_type')!r}, not the name of a family")
+    if not isinstance(settings.get("dtype"), str | None):
+        raise _bad_config(folder / CONFIG, f"dtype is {settings['dtype']!r}, not the name of one")
     return settings
 
 
@@ -155,7 +158,7 @@ def _class_of(architecture: str, model_type: object, *, where: str, model: nn.Mo
 
 
 def _refuse_quantised(settings: Mapping[str, Any], *, where: str) -> None:
-    if settings.get("quantization_config"):
+    if settings.get("quantization_config") is not None:
         raise InputError(
             "quantised-model",
             f"got {where} with a quantization_config, expected weights in floating point. Dequantise the model first, model.dequantize().",
@@ -173,14 +176,14 @@ def _refuse_other_content(folder: Path) -> None:
 
 
 def _refuse_torn_ties(model: Any) -> None:
-    """Tied weights are saved once and tied again by the configuration: they must be one tensor where it says so, and nowhere else."""
+    """Tied weights are saved once and tied again by the configuration: they must share their memory where it says so, and nowhere else."""
     names: dict[int, list[str]] = {}
-    tensors = model.state_dict(keep_vars=True)
-    for name, tensor in tensors.items():
-        names.setdefault(id(tensor), []).append(name)
+    places = {name: _place(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    for name, place in places.items():
+        names.setdefault(place, []).append(name)
     declared: dict[str, str] = model.all_tied_weights_keys
     for second, first in declared.items():
-        if first in tensors and second in tensors and tensors[first] is not tensors[second]:
+        if first in places and second in places and places[first] != places[second]:
             raise InputError(
                 "torn-ties",
                 f"{first} and {second} are two tensors, but the configuration ties them, so one would be lost. Tie them with model.tie_weights(), or set "
@@ -195,6 +198,23 @@ def _refuse_torn_ties(model: Any) -> None:
             )
 
 
+def _place(tensor: Tensor) -> int:
+    """The same for tensors that share their memory."""
+    return id(tensor) if tensor.is_meta or not tensor.numel() else tensor.untyped_storage().data_ptr()
+
+
+def _refuse_mixed_dtypes(model: nn.Module) -> None:
+    """A configuration names one dtype, and all weights are loaded in it."""
+    dtypes = {str(tensor.dtype).removeprefix("torch."): name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    if len(dtypes) > 1:
+        (first, one), (second, other), *_ = dtypes.items()
+        raise InputError(
+            "mixed-dtypes",
+            f"got {one} in {first} and {other} in {second}, expected one dtype: config.json names one, and everything is loaded in it. Call "
+            f"model.to(torch.{first}) or model.to(torch.{second}) first.",
+        )
+
+
 def _config_of(kind: type[Any], folder: Path, settings: Mapping[str, Any], found: Mapping[str, Shape]) -> Any:
     """The configuration as its own class reads it, after what would take long to build has been refused."""
     layers = {layer for layer, _ in map(locate, found) if layer is not None}
@@ -206,7 +226,9 @@ def _config_of(kind: type[Any], folder: Path, settings: Mapping[str, Any], found
             )
     _check_overrides(settings, folder / CONFIG)
     with _readable_config(folder / CONFIG):
-        return kind.config_class.from_pretrained(folder)
+        values, _ = kind.config_class.get_config_dict(folder)
+        # Validators of some configurations read the global value; files of others may not say that they may.
+        return kind.config_class.from_dict(values | ({"allow_global_per_layer_attribute_access": True} if settings.get("per_layer_config") else {}))
 
 
 def _check_overrides(settings: Mapping[str, Any], path: Path) -> None:
@@ -301,7 +323,9 @@ def _readable_config(path: object) -> Iterator[None]:
 
     try:
         yield
-    except (StrictDataclassError, ValueError, TypeError, RuntimeError, LookupError, AttributeError, ArithmeticError) as error:
+    except InputError:
+        raise
+    except (StrictDataclassError, ValueError, TypeError, RuntimeError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:
         raise _bad_config(path, str(error).strip().splitlines()[-1].strip().rstrip(".") if str(error).strip() else type(error).__name__) from error
 
 
