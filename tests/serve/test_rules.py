@@ -184,12 +184,12 @@ def test_random_tokens_are_a_fair_sample_that_depends_on_seed_and_head():
     assert abs(sum(means) / len(means) - 500) < 20  # standard error of the mean: 289 / sqrt(4000) = 4.6
 
 
-def test_counts_of_a_window_of_many_thousand_steps_do_not_overflow():
-    length, heads = 300, 130
+@pytest.mark.parametrize(("window", "drop", "heads", "length"), [(2000, 100, 130, 300), (700, 700, 64, 800)])
+def test_counts_of_long_windows_and_many_heads_do_not_overflow(window, drop, heads, length):
     query, key, value = tokens(length, heads=heads, kv_heads=1)
     query, key = torch.ones_like(query), torch.zeros_like(key)
     key[..., 0, :] = -5.0
-    layer = FastLayer(Scissorhands(window=2000, recent=2, drop=100), budget=length - 1)
+    layer = FastLayer(Scissorhands(window=window, recent=2, drop=drop, prompt_window=window), budget=length - 1)
     layer.add(query, key, value)
     assert 0 not in layer.kept()[0]
 

@@ -60,10 +60,10 @@ class Scissorhands(EvictionRule):
 
     @property
     def record_dtype(self) -> torch.dtype:
-        """The heads of a group add up to 32 counts a step."""
+        """A step may count once for each head of a group, of which there are up to 64."""
         import torch
 
-        return torch.int16 if self.window < 1024 else torch.int32
+        return torch.int16 if self.window < 512 else torch.int32
 
     @property
     def horizon(self) -> int:
