@@ -39,7 +39,8 @@ from rows import Row, append
 NAME = "serve_quality"
 SEEDS = (0, 1, 2, 3)  # groups of rows
 FULL = "full cache"
-NUM_TOKENS, BUDGETS, FEWER = 512, (51, 102, 205), 5
+NUM_TOKENS, BUDGETS, FEWER = 512, [51, 102, 205], 5
+TUNED_AT = 102
 LONG_TOKENS, LONG_BUDGET = 2048, 410
 GOAL = 1.01  # times the perplexity of the full cache
 PAPER = "up to 5x smaller with the quality kept, up to 20x with 4 bits; OPT models of 6.7 to 66 billion parameters"
@@ -219,7 +220,7 @@ def budgets_of(title: str, model: Any, tokenizer: Any, half: Any, num_rows: int)
     """Every rule at three budgets."""
     take = partial(serve_texts.held_out, title, tokenizer, num_tokens=NUM_TOKENS)
     rows, other = take(num_rows=num_rows), take(num_rows=8, part="calibration")
-    best = chosen(model, other, budget=BUDGETS[1])
+    best = chosen(model, other, budget=TUNED_AT)
     for budget in BUDGETS:
         started = time.perf_counter()
         own = best["Scissorhands, chosen"]
@@ -266,7 +267,7 @@ def equal_bytes(title: str, model: Any, tokenizer: Any, half: Any, num_rows: int
     """A fifth of the bytes of a full cache with everything counted: rules that note less get more tokens."""
     take = partial(serve_texts.held_out, title, tokenizer, num_tokens=NUM_TOKENS)
     rows, other, config = take(num_rows=num_rows), take(num_rows=8, part="calibration"), half.config
-    best, started = chosen(model, other, budget=BUDGETS[1]), time.perf_counter()
+    best, started = chosen(model, other, budget=TUNED_AT), time.perf_counter()
     limit = NUM_TOKENS * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2 * half.dtype.itemsize / FEWER
     budgets, caches = {}, {}
     own = best["Scissorhands, chosen"]
@@ -307,7 +308,7 @@ def long_texts(title: str, model: Any, tokenizer: Any, half: Any, num_rows: int)
     """Rows longer than what the model was trained on."""
     rows = serve_texts.held_out(title, tokenizer, num_rows=num_rows // 2, num_tokens=LONG_TOKENS)
     other = serve_texts.held_out(title, tokenizer, num_rows=8, num_tokens=NUM_TOKENS, part="calibration")
-    started, best = time.perf_counter(), chosen(model, other, budget=BUDGETS[1])
+    started, best = time.perf_counter(), chosen(model, other, budget=TUNED_AT)
     own = best["Scissorhands, chosen"]
     entries = [
         Entry("Scissorhands as published", PUBLISHED),
@@ -356,7 +357,9 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", help=f"any of {', '.join(parts)}; all if none is named")
     parser.add_argument("--models", default=",".join(serve_texts.FOLDERS))
     parser.add_argument("--rows", type=int, default=32, help="of 512 tokens; half as many of 2,048")
+    parser.add_argument("--budgets", type=int, nargs="+", default=tuple(BUDGETS))
     options = parser.parse_args()
+    BUDGETS[:] = options.budgets
     torch.set_num_threads(1)
     total_ratio()
     for title in serve_texts.present():
