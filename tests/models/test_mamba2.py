@@ -14,7 +14,7 @@ from torch import nn
 from model_families import IDS
 from partwise.checks import InputError
 from partwise.models import Part, coupled_axes, extract, mask, merge, scale_readers, tensors_of
-from partwise.train import IST
+from partwise.train import IST, TwIST
 from tiny import tiny_mamba2
 from tolerances import assert_close
 
@@ -115,5 +115,7 @@ def test_a_factor_on_states_is_refused_because_no_layer_reads_them():
 
 
 def test_subnetwork_training_finds_no_neurons_in_mamba2():
+    with pytest.raises(InputError, match=r"got a Mamba2ForCausalLM, expected a transformer with head groups and feed-forward neurons"):
+        TwIST().find_axes(tiny_mamba2())
     with pytest.raises(InputError, match=r"got a Mamba2ForCausalLM without hidden neurons, filters or heads of its own"):
         IST().find_axes(tiny_mamba2())

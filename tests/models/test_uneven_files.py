@@ -107,6 +107,28 @@ def test_layers_of_one_size_are_an_ordinary_checkpoint_for_stock_transformers(fa
     assert torch.equal(stock(IDS).logits, partwise.load(tmp_path / "small")(IDS).logits)
 
 
+@pytest.mark.parametrize("name", ["llama-stdlib-5m", "mamba2-stdlib-2m"])
+def test_trained_models_cut_to_another_size_in_every_layer_keep_every_bit(name: str, tmp_path: Path, repository: Path):
+    folder = repository.parent / "shared" / "models" / name
+    if not folder.exists():
+        pytest.skip(f"needs {folder}")
+    model: Any = load_uneven(folder)
+    units = {
+        axis.name: tuple(range(position % 3, axis.size, 2 + position % 3))
+        for position, axis in enumerate(coupled_axes(model))
+        if axis.kind != "heads"
+    }
+    ids = torch.arange(5, 45)[None]  # (1, 40)
+    exact = model.float()
+    assert_close(extract(exact, Part(units))(ids).logits, mask(exact, Part(units))(ids).logits, claim="slicing is masking", rtol=0, atol=1e-5)
+    small = extract(load_uneven(folder), Part(units))
+    save_uneven(small, tmp_path / "small")
+    loaded: Any = load_uneven(tmp_path / "small")
+    assert loaded.dtype == torch.bfloat16
+    assert torch.equal(loaded(ids).logits, small(ids).logits)
+    assert torch.equal(loaded.generate(ids, **WORDS), small.generate(ids, **WORDS))
+
+
 def test_a_vit_is_saved_and_loaded_like_the_others(tmp_path: Path):
     model = tiny_vit()
     images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -137,7 +137,7 @@ class TwIST(SubnetMethod):
             check_choice(self.correction, tuple(_EXPONENTS), name="correction")
 
     def find_axes(self, model: nn.Module) -> tuple[Axis, ...]:
-        """Head groups and feed-forward neurons of every layer that is not pinned; of a GPT-2 only the neurons.
+        """Head groups and feed-forward neurons of every layer that is not pinned; of a GPT-2 or GPT-NeoX only the neurons.
 
         Raises
         ------
@@ -150,7 +150,7 @@ class TwIST(SubnetMethod):
         from partwise.models import coupled_axes
 
         axes = tuple(axis for axis in coupled_axes(model) if axis.kind in ("heads", "neurons"))
-        if not hasattr(model, "config"):
+        if not hasattr(model, "config") or not axes:
             raise InputError(
                 "not-a-transformer",
                 f"got a {type(model).__name__}, expected a transformer with head groups and feed-forward neurons. Use IST for perceptrons, LoFT or ResIST "
