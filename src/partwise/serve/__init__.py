@@ -12,6 +12,10 @@
 
 ``model.generate(**inputs, past_key_values=ScissorhandsCache(model, budget=256))`` is all there is to it; `attached` is for code that makes its own cache;
 `calibrate_budgets`, and `persistence_ratio` with `allocate_budgets`, measure how much of a budget each layer needs.
+
+A cache is made of layers. ``_layer`` is what happens in a call of the model, on top of ``_held_tokens``, which is what a layer holds and how transformers
+handles it; ``_plain_store`` and ``_packed_store`` have the keys and values, in ``_slots`` or in few bits (``_packing``); ``_attention`` leads from the model
+back to the layer, ``_masks`` and ``_scores`` compute what it needs, ``_decoder`` knows which models will do. Files that begin with ``_http`` are the server.
 """
 
 from __future__ import annotations

@@ -20,11 +20,11 @@ def generation_lines(written: Mapping[str, Any]) -> Iterator[Text]:
     seconds, speed = written["prompt_seconds"] + written["seconds"], written["tokens_per_second"]
     held, most, full = (format_bytes(written[name]) for name in ("bytes", "max_bytes", "bytes_full"))
     line = f"{written['num_new_tokens']:,} tokens after {written['num_prompt_tokens']:,} in {format_seconds(seconds)}"
-    line += f"{'' if speed is None else f', {speed:.1f} tokens/s'}; cache {held}, never above {most}, a full one {full}; "
+    line += f"{'' if speed is None else f', {speed:.1f} tokens/s'}; cache {held}, never above {most}"
     if not written["evictions"]:
-        line += "nothing had to leave"
+        line += "; nothing had to leave"
     else:
-        line += f"{written['evictions']:,} evictions"
+        line += f", a full one {full}; {written['evictions']:,} evictions"
         if written["mass_kept"] is not None:
             line += f", {100 * written['mass_kept']:.1f} % of the attention kept at one"
     yield Text(line, style="dim")

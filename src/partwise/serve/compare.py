@@ -327,7 +327,9 @@ def check_caches(model: Any, rules: Mapping[str, EvictionRule], *, budgets: Sequ
                 try:
                     BudgetedCache(model, rule, budget=budget, bits=bits)
                 except InputError as error:
-                    raise InputError(error.code, f"for the method {name}: {error}") from None
+                    if error.code != "cache-budget":
+                        raise
+                    raise InputError("cache-budget", f"for the method {name}: {error}") from None
 
 
 def check_sizes(budgets: Sequence[int], *, num_tokens: int) -> None:

@@ -27,11 +27,11 @@ class HttpFlags:
     Parameters
     ----------
     model : str or None
-        Folder of a model, or its id. Left out: the newest finished run of ``partwise train`` under runs.
+        Folder of a model, or its id. Left out: the newest finished run of `partwise train` under runs.
     name : str or None
-        What requests call the model. Left out: the last part of ``model``.
+        What requests call the model. Left out: the last part of `model`.
     method : str
-        Which tokens leave the cache, a name of ``partwise list serve``.
+        Which tokens leave the cache, a name of `partwise list serve`.
     budget : int
         Tokens that the cache of a conversation holds per layer and head.
     bits : 4, 8 or None
