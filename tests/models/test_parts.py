@@ -64,10 +64,18 @@ def test_an_extracted_model_computes_what_the_masked_one_computes(family: str, s
     small = extract(model, part)
     assert type(small) is type(model)
     assert sum(tensor.numel() for tensor in small.parameters()) <= sum(tensor.numel() for tensor in model.parameters())
-    masked = mask(model, part)
-    assert_close(outputs(small, inputs), outputs(masked, inputs), claim="slicing is masking, to 1e-6 in float32", rtol=0, atol=1e-6)
     exact = inputs.double() if inputs.is_floating_point() else inputs
-    assert_close(outputs(small.double(), exact), outputs(masked.double(), exact), claim="and it is rounding that differs")
+    assert_close(outputs(small.double(), exact), outputs(mask(model, part).double(), exact), claim="slicing is masking")
+
+
+@EVERY_FAMILY
+@pytest.mark.parametrize("seed", range(4))
+def test_in_float32_slicing_is_masking_to_a_millionth(family: str, seed: int):
+    """Of fixed models: what rounding does to sums in another order has no bound that every model keeps to."""
+    build, inputs = FAMILIES[family]
+    model = build(seed=seed)
+    part = any_part(model, seed)
+    assert_close(outputs(extract(model, part), inputs), outputs(mask(model, part), inputs), claim="to 1e-6", rtol=0, atol=1e-6)
 
 
 @EVERY_FAMILY
