@@ -25,7 +25,7 @@ import torch
 import serve_texts
 from partwise.serve import H2O, TOVA, BudgetedCache, KeyNorm, RandomTokens, Scissorhands, SlidingWindow, SnapKV, StreamingLLM, attached
 from partwise.serve.rule import EvictionRule
-from rows import ROOT, Row, append
+from rows import ROOT, Row, append, latest, read
 from serve_speed import timed
 
 NAME = "serve_bytes"
@@ -198,9 +198,35 @@ def lengths() -> None:
         )
 
 
+def figure() -> None:
+    """Draw the time per token against the context, from the rows: docs/images/serve_cost.png."""
+    from partwise.figures import LINES, new_figure
+
+    measured = {row.claim: row for row in latest(read(NAME)) if row.claim.startswith("Time per token")}
+    drawing = new_figure(520, 280)
+    axis = drawing.subplots()
+    series: dict[str, list[tuple[float, ...]]] = {}
+    for context in CONTEXTS:
+        for name in ("Scissorhands", "SlidingWindow"):
+            row = measured[f"Time per token after {context:,} tokens, {BUDGET} of them kept: {name}, 1 thread"]
+            series.setdefault(name, []).append(row.values)
+            if name == "Scissorhands":
+                series.setdefault(FULL, []).append(row.baseline_values)
+    for (name, values), colour in zip(series.items(), LINES, strict=False):
+        axis.plot(CONTEXTS, [1e3 * statistics.median(times) for times in values], marker="o", color=colour, label=name)
+        axis.fill_between(
+            CONTEXTS, [1e3 * min(times) for times in values], [1e3 * max(times) for times in values], color=colour, alpha=0.15, linewidth=0
+        )
+    axis.set(xscale="log", xlabel="tokens that passed", ylabel="milliseconds per token", ylim=(0, None), xticks=CONTEXTS)
+    axis.set_xticklabels([f"{context:,}" for context in CONTEXTS])
+    axis.minorticks_off()
+    axis.legend(frameon=False)
+    drawing.savefig(ROOT / "docs" / "images" / "serve_cost.png", dpi=160)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("parts", nargs="*", help="bound, lengths; both if none is named")
+    parser.add_argument("parts", nargs="*", help="bound, lengths, figure; all if none is named")
     parser.add_argument("--only", default=",".join(RULES), help="rules whose generations are measured")
     options = parser.parse_args()
     if MODEL not in serve_texts.present():
@@ -209,6 +235,8 @@ def main() -> None:
         bound(options.only.split(","))
     if not options.parts or "lengths" in options.parts:
         lengths()
+    if not options.parts or "figure" in options.parts:
+        figure()
 
 
 if __name__ == "__main__":
