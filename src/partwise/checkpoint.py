@@ -99,7 +99,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if hashlib.sha256(data).hexdigest() != document["sha256"].get(TENSORS):
         raise _damaged(path, TENSORS, f"{len(data)} bytes that do not match the checksum in {STATE}")
     try:
-        return safetensors.torch.load(data), document["state"]
+        return safetensors.torch.load(data), document["state"]  # numbers and names only: the format has no pickle
     except safetensors.SafetensorError as error:
         raise _damaged(path, TENSORS, str(error)) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -94,9 +95,9 @@ class HeldTokens(CacheLayerMixin):
         self._scale: dict[str, Any] = {}
         self._broken = self.shared.waiting = False
 
+    @abc.abstractmethod
     def _flush(self, end: int | None = None) -> None:
         """Score the queries that wait."""
-        raise NotImplementedError
 
     @property
     def keys(self) -> Tensor | None:

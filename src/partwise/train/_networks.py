@@ -37,7 +37,6 @@ NETWORKS: dict[str, dict[str, Any]] = {
 }
 END_TOKEN = 0  # number of the token that ends a text, see partwise.train._text.train_tokenizer
 
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _LLAMA_SIZES = (
     "vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
 )  # fmt: skip

@@ -53,7 +53,7 @@ class Tensors(dict[str, torch.Tensor]):
 def _unpacked(data: bytes) -> Tensors:
     import safetensors.torch
 
-    return Tensors(safetensors.torch.load(data))
+    return Tensors(safetensors.torch.load(data))  # numbers and names only: the format has no pickle
 
 
 @dataclass(frozen=True)
