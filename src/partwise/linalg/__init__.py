@@ -9,6 +9,7 @@
 - ``partition`` - deal units into parts: disjoint, overlapping, at random.
 - ``slicing`` - cut entries out of a tensor, and put pieces back as the mean over their holders.
 - ``rankings`` - how far one ranking is from another.
+- ``unit_worth`` - what a unit adds to the layer that reads it.
 - ``masked_neurons`` - training one hidden layer by subnetworks: what sampling costs, and how fast theory says it converges.
 - ``products`` - matrix products whose bits do not depend on the batch.
 

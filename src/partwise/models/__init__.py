@@ -5,6 +5,8 @@
 - ``sampling`` - deal the units of axes into parts.
 - ``llama``, ``gpt2``, ``neox``, ``mamba2``, ``vit``, ``resnet``, ``mlp`` - one file per family; ``chains`` follows data through plain networks for the last
   two.
+- ``walks`` - calibration data on their way through a model, one layer at a time.
+- ``cache_sizes`` - what a sequence holds in memory while a model writes on.
 - ``uneven`` - transformers models whose layers differ in size.
 - ``uneven_files`` - write such models to folders and read them back.
 - ``names`` - where a module sits, read from its name.
@@ -20,12 +22,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from partwise.models.axes import Axis, BlockAxis, CoupledAxis, Member, Part, count_holders
-    from partwise.models.parts import coupled_axes, extract, mask, merge, merge_tensors, scale_readers, slice_tensors, tensors_of, with_tensors
+    from partwise.models.parts import (
+        coupled_axes,
+        extract,
+        mask,
+        masked_tensors,
+        merge,
+        merge_tensors,
+        scale_readers,
+        scaled_tensors,
+        slice_tensors,
+        tensors_of,
+        with_tensors,
+    )
     from partwise.models.sampling import BernoulliSampler, DisjointSampler, FixedFractionSampler, StratifiedSampler
 
 _HOMES = {
     **dict.fromkeys(("Axis", "BlockAxis", "CoupledAxis", "Member", "Part", "count_holders"), "axes"),
-    **dict.fromkeys(("coupled_axes", "extract", "mask", "merge", "merge_tensors", "scale_readers", "slice_tensors", "tensors_of", "with_tensors"), "parts"),
+    **dict.fromkeys(("coupled_axes", "extract", "mask", "masked_tensors", "merge", "merge_tensors"), "parts"),
+    **dict.fromkeys(("scale_readers", "scaled_tensors", "slice_tensors", "tensors_of", "with_tensors"), "parts"),
     **dict.fromkeys(("BernoulliSampler", "DisjointSampler", "FixedFractionSampler", "StratifiedSampler"), "sampling"),
 }
 
@@ -43,9 +58,11 @@ __all__ = [
     "coupled_axes",
     "extract",
     "mask",
+    "masked_tensors",
     "merge",
     "merge_tensors",
     "scale_readers",
+    "scaled_tensors",
     "slice_tensors",
     "tensors_of",
     "with_tensors",

@@ -82,6 +82,8 @@ class CoupledAxis:
         on the sum is folded here. None where something other than a layer reads them.
     closers : tuple of str, default=()
         The members whose entries switch a unit off when they are zero, where these are not the readers.
+    groups : int, default=1
+        Runs of units, one behind the other, that must keep equal numbers, because the model stores them as (groups, units).
     """
 
     name: str
@@ -90,6 +92,7 @@ class CoupledAxis:
     members: tuple[Member, ...]
     readers: tuple[str, ...]
     closers: tuple[str, ...] = ()
+    groups: int = 1
 
 
 @dataclass(frozen=True)

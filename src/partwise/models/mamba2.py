@@ -80,7 +80,7 @@ def _states(mixer: Any, name: str) -> CoupledAxis:
     convolution = tuple(f"{name}.conv1d.{tensor}" for tensor, _ in mixer.conv1d.named_parameters())
     members = [Member(f"{name}.in_proj.{tensor}", 0, starts=rows, length=int(values.shape[0])) for tensor, values in mixer.in_proj.named_parameters()]
     members += [Member(tensor, 0, starts=channels, length=inputs + 2 * size) for tensor in convolution]
-    return CoupledAxis(f"{name}.state", "states", size, tuple(members), readers=(), closers=convolution)
+    return CoupledAxis(f"{name}.state", "states", size, tuple(members), readers=(), closers=convolution, groups=mixer.n_groups)
 
 
 def _check_groups(axis: Axis, units: tuple[int, ...], *, num_groups: int) -> None:

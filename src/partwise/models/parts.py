@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from partwise.checks import InputError, check_choice
 from partwise.linalg.slicing import mean_over_holders, take, take_shape
-from partwise.models.axes import BlockAxis, Part, check_part, names_in_part, sliced_entries
+from partwise.models.axes import BlockAxis, Member, Part, check_part, names_in_part, sliced_entries
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -24,7 +24,20 @@ if TYPE_CHECKING:
 
     Model = TypeVar("Model", bound=nn.Module)
 
-__all__ = ["FAMILIES", "coupled_axes", "extract", "mask", "merge", "merge_tensors", "scale_readers", "slice_tensors", "tensors_of", "with_tensors"]
+__all__ = [
+    "FAMILIES",
+    "coupled_axes",
+    "extract",
+    "mask",
+    "masked_tensors",
+    "merge",
+    "merge_tensors",
+    "scale_readers",
+    "scaled_tensors",
+    "slice_tensors",
+    "tensors_of",
+    "with_tensors",
+]
 
 # Asked in this order; convolutional networks come before perceptrons because they may contain one.
 FAMILIES = ("llama", "gpt2", "neox", "mamba2", "vit", "resnet", "mlp")
@@ -139,21 +152,37 @@ def mask(model: Model, part: Part, *, axes: Sequence[Axis] | None = None) -> Mod
     """
     axes = coupled_axes(model) if axes is None else tuple(axes)
     check_part(axes, part)
-    tensors = {name: tensor.detach().clone() for name, tensor in tensors_of(model).items()}
+    tensors = tensors_of(model)
+    return with_tensors(model, {name: tensor.detach().clone() for name, tensor in (tensors | masked_tensors(tensors, axes, part)).items()})
+
+
+def masked_tensors(tensors: Mapping[str, Tensor], axes: Iterable[Axis], part: Part) -> dict[str, Tensor]:
+    """Copies of those tensors that switch off what a part does not hold, with zeros there; the rest of the model stays as it is.
+
+    Parameters
+    ----------
+    tensors : mapping of str to Tensor
+        As `tensors_of` gives them. Not changed.
+    axes : iterable of Axis
+        Of the whole model.
+    part : Part
+        What stays switched on.
+    """
+    changed: dict[str, Tensor] = {}
     for axis in axes:
         missing = sorted(set(range(axis.size)) - set(part.units.get(axis.name, range(axis.size))))
         if isinstance(axis, BlockAxis):
-            for name in (name for unit in missing for name in axis.closers[unit]):
-                tensors[name].zero_()
+            changed |= {name: tensors[name].detach().new_zeros(tensors[name].shape) for unit in missing for name in axis.closers[unit]}
             continue
-        for member in axis.members:
+        for member in axis.members if missing else ():
             if member.tensor in (axis.closers or axis.readers):
-                tensors[member.tensor].index_fill_(member.dim, member.entries_of(missing).to(tensors[member.tensor].device), 0)
-    return with_tensors(model, tensors)
+                entries = member.entries_of(missing).to(tensors[member.tensor].device)
+                changed[member.tensor] = changed.get(member.tensor, tensors[member.tensor].detach()).index_fill(member.dim, entries, 0)
+    return changed
 
 
-def scale_readers(model: Model, factors: Mapping[str, float], *, axes: Sequence[Axis]) -> Model:
-    """A copy in which the sum over the units of an axis is multiplied by a factor, folded into the layers that read them; biases are left alone.
+def scale_readers(model: Model, factors: Mapping[str, float | Tensor], *, axes: Sequence[Axis]) -> Model:
+    """A copy in which what the units of an axis add up to is multiplied by a factor, folded into the layers that read them; biases are left alone.
 
     With ``size / number kept`` for each axis, the mean over all subnetworks of one size of what such a layer adds is what it adds in the whole model.
 
@@ -161,8 +190,8 @@ def scale_readers(model: Model, factors: Mapping[str, float], *, axes: Sequence[
     ----------
     model : torch.nn.Module
         As a rule what `extract` made, without missing blocks.
-    factors : mapping of str to float
-        Axis name -> factor; axes that are not named: 1.
+    factors : mapping of str to float or Tensor
+        Axis name -> one factor, or one for each unit that ``model`` has, (units,); axes that are not named: 1.
     axes : sequence of Axis
         Axes of the whole model.
 
@@ -172,14 +201,34 @@ def scale_readers(model: Model, factors: Mapping[str, float], *, axes: Sequence[
         When an axis is not the model's, or no layer reads its units, so that a factor has no place.
     """
     check_part(axes, Part(dict.fromkeys(factors, (0,))))
+    tensors = tensors_of(model)
+    changed = scaled_tensors(tensors, factors, axes=axes)
+    return with_tensors(model, {name: changed[name] if name in changed else tensor.detach().clone() for name, tensor in tensors.items()})
+
+
+def scaled_tensors(tensors: Mapping[str, Tensor], factors: Mapping[str, float | Tensor], *, axes: Sequence[Axis]) -> dict[str, Tensor]:
+    """Scaled copies of the weights that read some axes; see `scale_readers`."""
     if unread := [axis.name for axis in axes if axis.name in factors and not isinstance(axis, BlockAxis) and not axis.readers]:
         raise InputError(
             "no-readers",
             f"got a factor for {unread[0]}, whose units no layer reads as its input, expected an axis with readers. Leave the sum over these units as it is.",
         )
-    readers = {reader: factors[axis.name] for axis in axes if not isinstance(axis, BlockAxis) and axis.name in factors for reader in axis.readers}
-    tensors = {name: tensor.detach() * readers[name] if name in readers else tensor.detach().clone() for name, tensor in tensors_of(model).items()}
-    return with_tensors(model, tensors)
+    changed: dict[str, Tensor] = {}
+    for axis in axes:
+        if isinstance(axis, BlockAxis) or axis.name not in factors:
+            continue
+        for member in axis.members:
+            if member.tensor in axis.readers:
+                changed[member.tensor] = _times(changed.get(member.tensor, tensors[member.tensor].detach()), factors[axis.name], member)
+    return changed
+
+
+def _times(tensor: Tensor, factor: float | Tensor, member: Member) -> Tensor:
+    """A reader's weight with the entries of each unit multiplied by its factor."""
+    if isinstance(factor, (int, float)):
+        return tensor * factor
+    entries = factor.to(tensor).repeat_interleave(member.width)  # (units * width,)
+    return tensor * entries.view([-1 if dim == member.dim else 1 for dim in range(tensor.ndim)])
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:

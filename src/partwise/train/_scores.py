@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from partwise.checks import InputError, check_choice
+from partwise.linalg.unit_worth import fluctuation, wanda
 from partwise.models.axes import CoupledAxis
 
 if TYPE_CHECKING:
@@ -60,10 +61,7 @@ def unit_scores(
             mean, square = moments[member.tensor]
             weight = tensors[member.tensor].detach().double().cpu().movedim(member.dim, 0).flatten(1)  # (entries, outputs)
             for metric in metrics:
-                if metric == "wanda":
-                    entries = weight.abs().mean(1) * square.sqrt()
-                else:
-                    entries = (square - mean.square()).clamp(min=0) * weight.square().sum(1)
+                entries = wanda(weight, square) if metric == "wanda" else fluctuation(weight, mean, square)
                 of_axis[metric] += entries.view(axis.size, -1).sum(1)
         for metric in metrics:
             scores[metric][axis.name] = of_axis[metric]
