@@ -45,11 +45,9 @@ def count_units(
     InputError
         ``budget-too-small`` naming what the smallest model of this kind costs, ``too-many-protected``.
     """
-    steps = {axis.name: math.lcm(axis.groups, method.round_to * axis.groups) for axis in axes}
-
     def at(fraction: float) -> dict[str, int]:
         wanted = _equal(axes, fraction) if shares is None else _best(axes, shares, fraction)
-        return {axis.name: _rounded(wanted[axis.name], steps[axis.name], axis, strict=method.keep is None) for axis in axes}
+        return {axis.name: _rounded(wanted[axis.name], method.round_to * axis.groups, axis, strict=method.budget is not None) for axis in axes}
 
     if method.budget is None:
         counts = at(method.fraction)
@@ -93,7 +91,7 @@ def _rounded(wanted: float, step: int, axis: CoupledAxis, *, strict: bool) -> in
         return axis.size
     steps = int(wanted / step + 1e-9) if strict else int(wanted / step + 0.5)
     # The last step may be a shorter one: all units are always allowed.
-    return axis.size if wanted >= axis.size else max(1, steps) * step
+    return axis.size if wanted >= axis.size else min(axis.size, max(1, steps) * step)
 
 
 def _largest_within(at: Callable[[float], dict[str, int]], price: Callable[[Mapping[str, int]], int], limit: int, kind: str) -> dict[str, int]:
