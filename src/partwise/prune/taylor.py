@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from partwise.checks import InputError
+from partwise.prune._losses import arguments_of, loss_of
 from partwise.prune.unit_method import UnitMethod
 
 if TYPE_CHECKING:
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from partwise.prune.unit_method import Visit
 
 __all__ = ["Taylor"]
-
-IGNORED = -100  # label of tokens that are not predicted, as in transformers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +53,7 @@ class Taylor(UnitMethod):
         try:
             for number, batch in enumerate(batches):
                 report("following the gradient", number, len(batches), "")
-                loss = _loss(functional_call(model, weights, *_arguments(model, batch)), batch)
+                loss = loss_of(functional_call(model, weights, *arguments_of(model, batch)), batch)
                 gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
                 for axis in axes:
                     scores[axis.name] += _sum_of_products(axis, weights, gradients).square() / len(batches)
@@ -67,30 +65,6 @@ class Taylor(UnitMethod):
     def score(self, visit: Visit) -> Tensor:
         """What `prepare` found."""
         return visit.prepared[visit.axis.name]
-
-
-def _arguments(model: nn.Module, batch: Batch) -> tuple[tuple[Tensor, ...], dict[str, Tensor | bool]]:
-    if not isinstance(batch.inputs, Mapping):
-        return (batch.inputs,), {}
-    return (), dict(batch.inputs) | ({"use_cache": False} if "input_ids" in batch.inputs else {})
-
-
-def _loss(outputs: object, batch: Batch) -> Tensor:
-    """Cross-entropy of the labels, or of the next token."""
-    from torch import Tensor
-    from torch.nn.functional import cross_entropy
-
-    logits = outputs if isinstance(outputs, Tensor) else outputs.logits  # type: ignore[attr-defined]
-    labels = batch.labels
-    if isinstance(batch.inputs, Mapping) and "input_ids" in batch.inputs and logits.ndim == 3:
-        labels = batch.inputs["input_ids"] if labels is None else labels
-        labels = labels if batch.real is None else labels.masked_fill(~batch.real, IGNORED)
-        return cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED)
-    if labels is None:
-        raise InputError(
-            "no-labels", "got batches without labels, expected them: the loss is cross-entropy. Pass pairs (inputs, labels), or a method without gradients."
-        )
-    return cross_entropy(logits.float(), labels)
 
 
 def _sum_of_products(axis: CoupledAxis, weights: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> Tensor:
