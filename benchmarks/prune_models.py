@@ -8,10 +8,11 @@ Run: ``python benchmarks/prune_models.py`` (40 minutes on one core; nothing is d
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,8 @@ from torch import Tensor
 from images import loaders
 from partwise.atomic_files import read_json
 from partwise.models.uneven_files import save_uneven
+from partwise.prune._budget import count_units
+from partwise.prune._choosing import best_units
 from rows import ROOT
 
 SHARED = Path(os.environ.get("PARTWISE_MODELS", ROOT.parent / "shared" / "models"))
@@ -73,6 +76,47 @@ def perplexity(model: Any, rows: Tensor, *, batch_size: int = 8) -> float:
     """Over all predicted tokens of some rows."""
     losses = [float(model(input_ids=batch, labels=batch, use_cache=False).loss) * len(batch) for batch in rows.split(batch_size)]
     return math.exp(sum(losses) / len(rows))
+
+
+def draws_of(name: str, tokenizer: Any, *, num_draws: int, num_rows: int, num_tokens: int) -> list[Tensor]:
+    """Calibration rows, dealt like cards, so that no two draws have a row in common: (num_rows, num_tokens) each."""
+    rows = rows_of(name, tokenizer, use="calibration", num_rows=num_draws * num_rows, num_tokens=num_tokens)
+    return [rows[draw::num_draws] for draw in range(num_draws)]
+
+
+def present() -> list[str]:
+    """Models that are on this machine; says in a line which are not."""
+    for title, (folder, _) in MODELS.items():
+        if not folder.exists():
+            print(f"skipped {title}: there is no {folder}; set PARTWISE_MODELS, or run benchmarks/prune_models.py", flush=True)
+    return [title for title, (folder, _) in MODELS.items() if folder.exists()]
+
+
+def written(method: Any) -> str:
+    """What makes a method, without what it has by default.
+
+    >>> from partwise.prune import Magnitude
+    >>> written(Magnitude(keep=0.5))
+    'Magnitude(keep=0.5)'
+    """
+    given = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    changed = [f"{field.name}={given[field.name]!r}" for field in dataclasses.fields(method) if given[field.name] != field.default]
+    return f"{type(method).__name__}({', '.join(changed)})"
+
+
+def plans_at(method: Any, model: Any, data: Any, keeps: Sequence[float]) -> Iterator[tuple[float, Any]]:
+    """A plan for every size. Where scores do not depend on the size, they are made once, and the best units are taken anew for each."""
+    axes = {axis.name: axis for axis in method.find_axes(model)}
+    once = None
+    for keep in keeps:
+        wanted = dataclasses.replace(method, keep=keep)
+        if once is None or (method.recalibrate and method.WALKS and method.NEEDS_DATA):
+            once = wanted.plan(model, data)
+            yield keep, once
+        else:
+            counts = count_units(wanted, model, list(axes.values()), {}, None)
+            units = {name: best_units(scores, axes[name], keep=counts[name], protect=None) for name, scores in once.scores.items()}
+            yield keep, dataclasses.replace(once, units=units, method=repr(wanted))
 
 
 def make_wikitext_model() -> None:
