@@ -25,16 +25,23 @@ class CacheSize:
         Keys and values of one token.
     channels : int, default=1
         Channels of the convolution.
+    window : int, optional
+        Tokens of which keys and values are held at most. Left out: all.
     """
 
     recurrent: int = 0
     convolution: int = 0
     per_token: int = 0
     channels: int = 1
+    window: int | None = None
 
     def at(self, num_tokens: int) -> int:
         """Bytes after so many tokens."""
-        return self.recurrent + self.convolution + num_tokens * self.per_token
+        return self.recurrent + self.convolution + self.attention_at(num_tokens)
+
+    def attention_at(self, num_tokens: int) -> int:
+        """Bytes of keys and values after so many tokens."""
+        return self.per_token * (num_tokens if self.window is None else min(num_tokens, self.window))
 
 
 def cache_sizes(model: Any) -> tuple[CacheSize, ...]:
@@ -50,13 +57,14 @@ def cache_sizes(model: Any) -> tuple[CacheSize, ...]:
     config: Any = getattr(model, "config", None)
     if config is None or not hasattr(model, "prepare_inputs_for_generation"):
         return ()
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
             outputs = model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), use_cache=True)
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
     cache = next(outputs[name] for name in ("cache", "cache_params", "past_key_values") if name in outputs)
     return tuple(_size_of(layer) for layer in cache.layers)
 
@@ -80,7 +88,7 @@ def unit_cache_bytes(axis: Axis, size: CacheSize, *, num_tokens: int) -> int:
     """
     if axis.kind == "states":
         return size.recurrent // axis.size + 2 * (size.convolution // size.channels)
-    return num_tokens * size.per_token // axis.size if axis.kind == "heads" else 0
+    return size.attention_at(num_tokens) // axis.size if axis.kind == "heads" else 0
 
 
 def _size_of(layer: Any) -> CacheSize:
@@ -92,9 +100,11 @@ def _size_of(layer: Any) -> CacheSize:
 
     recurrent, convolution = held(getattr(layer, "recurrent_states", None)), held(getattr(layer, "conv_states", None))
     attention = held(getattr(layer, "keys", None)) + held(getattr(layer, "values", None))
+    window = getattr(layer, "sliding_window", None)
     return CacheSize(
         recurrent=sum(tensor.nbytes for tensor in recurrent),
         convolution=sum(tensor.nbytes for tensor in convolution),
         per_token=sum(tensor.nbytes for tensor in attention),
         channels=convolution[0].shape[1] if convolution else 1,
+        window=None if window is None else window - 1,  # the token that is being read is no part of the cache
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -90,6 +91,13 @@ class Walk(abc.ABC):
             ``not-finite`` naming the module, when an activation that is shown is NaN or infinite.
         """
 
+    @abc.abstractmethod
+    def stages(self, axis: CoupledAxis) -> list[tuple[CoupledAxis, ...]]:
+        """Those axes of the walk that lie at the place of ``axis``, where the walk is, in the order in which the modules of their names run.
+
+        Axes whose modules get one and the same input stand together; what one of them passes on cannot reach another.
+        """
+
     @property
     @abc.abstractmethod
     def activation_bytes(self) -> int:
@@ -141,6 +149,9 @@ class _BlockWalk(Walk):
         while self._position < goal:
             for number in range(len(self.batches)):
                 self._hidden[number] = _finite(self._run(number), self._names[self._position])
+            passed = f"{self._names[self._position]}."
+            for name in [name for name in self.replaced if name.startswith(passed)]:
+                del self.replaced[name]  # nothing behind it reads them
             self._position += 1
 
     def observe(self, axis: CoupledAxis, *, inputs: Mapping[str, Hook] | None = None, outputs: Mapping[str, Hook] | None = None) -> None:
@@ -148,6 +159,27 @@ class _BlockWalk(Walk):
         for number, batch in enumerate(self.batches):
             with _shown(self.model, batch, inputs or {}, outputs or {}):
                 self._run(number)
+
+    def stages(self, axis: CoupledAxis) -> list[tuple[CoupledAxis, ...]]:
+        here = {other.name: other for other in self.axes if _block_of(other.name) == self._names[self._position]}
+        inputs: dict[str, Tensor] = {}  # held until the end, so that no two of them have one id
+
+        def noting(name: str) -> Callable[..., None]:
+            def note(_: nn.Module, args: tuple[Any, ...]) -> None:
+                inputs.setdefault(name, args[0])
+
+            return note
+
+        handles = [self.model.get_submodule(name).register_forward_pre_hook(noting(name)) for name in here]
+        try:
+            self._run(0)
+        finally:
+            for handle in handles:
+                handle.remove()
+        groups: dict[object, list[CoupledAxis]] = {}
+        for name in sorted(here, key=lambda name: list(inputs).index(name) if name in inputs else len(inputs)):
+            groups.setdefault((id(inputs[name]), inputs[name]._version) if name in inputs else name, []).append(here[name])
+        return [tuple(group) for group in groups.values()]
 
     @property
     def activation_bytes(self) -> int:
@@ -189,13 +221,24 @@ class _GraphWalk(Walk):
             values = self._run(number, batch, goal)
             self._values[number] = {node: value for node, value in values.items() if self._last_use[node] >= goal}
         self._position = goal
+        for name in [name for name in self.replaced if self._starts.get(name.rpartition(".")[0], goal) < goal]:
+            del self.replaced[name]  # nothing behind it reads them
 
     def observe(self, axis: CoupledAxis, *, inputs: Mapping[str, Hook] | None = None, outputs: Mapping[str, Hook] | None = None) -> None:
         assert self._starts[axis.name] == self._position, "the walk is somewhere else"
         end = 1 + max(self._starts[name] for name in (inputs or {}).keys() | (outputs or {}).keys())
         for number, batch in enumerate(self.batches):
-            with _shown(self.model, batch, inputs or {}, outputs or {}):
-                self._run(number, batch, end)
+            held = self._values[number]
+            # A network may write into its activations in place, and this place is run again.
+            self._values[number] = dict(zip(held, copy.deepcopy(list(held.values())), strict=True))
+            try:
+                with _shown(self.model, batch, inputs or {}, outputs or {}):
+                    self._run(number, batch, end)
+            finally:
+                self._values[number] = held
+
+    def stages(self, axis: CoupledAxis) -> list[tuple[CoupledAxis, ...]]:
+        return [(axis,)]
 
     @property
     def activation_bytes(self) -> int:
@@ -205,13 +248,15 @@ class _GraphWalk(Walk):
 
     def _run(self, number: int, batch: Batch, end: int) -> dict[fx.Node, Any]:
         """Values of all nodes before ``end``, from where the walk is."""
+        from torch import Tensor
+
         runner = self._runner
-        runner.args_iter = iter([batch.inputs])
+        runner.args_iter = iter([copy.deepcopy(batch.inputs) if self._position == 0 else batch.inputs])
         runner.env = dict(self._values[number])
         for index in range(self._position, end):
             node = self._nodes[index]
             runner.env[node] = runner.run_node(node)
-            if node.op == "call_module":
+            if node.op == "call_module" and isinstance(runner.env[node], Tensor):
                 _finite(runner.env[node], str(node.target))
             for used in node.all_input_nodes:  # what nobody reads any more goes at once
                 if self._last_use[used] <= index and used not in self._values[number]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from partwise.checks import InputError
+from partwise.models.axes import Part
 from partwise.models.cache_sizes import CacheSize, cache_sizes, total_cache_bytes, unit_cache_bytes
 from partwise.models.names import locate
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from partwise.models.axes import CoupledAxis
     from partwise.prune.unit_method import UnitMethod
 
-__all__ = ["CONTEXT", "count_units"]
+__all__ = ["CONTEXT", "check_sizes", "count_units"]
 
 CONTEXT = 1024  # tokens of the sequence whose cache a budget of state is about, where the cache grows with the text
 HALVINGS = 50  # of the interval in which the fraction lies
@@ -45,9 +46,17 @@ def count_units(
     InputError
         ``budget-too-small`` naming what the smallest model of this kind costs, ``too-many-protected``.
     """
+    strict = method.budget is not None
+    steps = {axis.name: method.round_to * axis.groups for axis in axes}
+    least = {axis.name: _least_for(protected.get(axis.name), axis) for axis in axes}
+
     def at(fraction: float) -> dict[str, int]:
-        wanted = _equal(axes, fraction) if shares is None else _best(axes, shares, fraction)
-        return {axis.name: _rounded(wanted[axis.name], method.round_to * axis.groups, axis, strict=method.budget is not None) for axis in axes}
+        if shares is None:
+            return {axis.name: _rounded(fraction * axis.size, steps[axis.name], axis, strict=strict) for axis in axes}
+        wanted = _best(axes, shares, protected, fraction)
+        # A layer takes the places of its protected units from the budget of the whole model.
+        floors = {axis.name: min(axis.size, math.ceil(least[axis.name] / steps[axis.name]) * steps[axis.name]) for axis in axes}
+        return {axis.name: max(floors[axis.name], _rounded(wanted[axis.name], steps[axis.name], axis, strict=strict)) for axis in axes}
 
     if method.budget is None:
         counts = at(method.fraction)
@@ -55,11 +64,10 @@ def count_units(
         kind, limit = method.budget
         counts = _largest_within(at, _price(kind, model, axes), limit, kind)
     for axis in axes:
-        must = _least_for(protected.get(axis.name), axis)
-        if must > counts[axis.name]:
+        if least[axis.name] > counts[axis.name]:
             raise InputError(
                 "too-many-protected",
-                f"{must} of the {axis.size} {axis.kind} of {axis.name} would have to stay to protect what protect names, but the budget leaves "
+                f"{least[axis.name]} of the {axis.size} {axis.kind} of {axis.name} would have to stay to protect what protect names, but the budget leaves "
                 f"{counts[axis.name]}. Raise the budget, or protect fewer.",
             )
     return counts
@@ -70,15 +78,12 @@ def _least_for(mask: Tensor | None, axis: CoupledAxis) -> int:
     return 0 if mask is None else int(mask.view(axis.groups, -1).sum(1).max()) * axis.groups
 
 
-def _equal(axes: Sequence[CoupledAxis], fraction: float) -> dict[str, float]:
-    return {axis.name: fraction * axis.size for axis in axes}
-
-
-def _best(axes: Sequence[CoupledAxis], shares: Mapping[str, Tensor], fraction: float) -> dict[str, float]:
-    """How many of each axis are among the best units of the whole model."""
+def _best(axes: Sequence[CoupledAxis], shares: Mapping[str, Tensor], protected: Mapping[str, Tensor], fraction: float) -> dict[str, float]:
+    """How many of each axis are among the best units of the whole model; protected ones come first."""
     import torch
 
-    every = torch.cat([shares[axis.name] for axis in axes])
+    never = torch.zeros(1, dtype=torch.bool)
+    every = torch.cat([shares[axis.name].masked_fill(protected.get(axis.name, never), math.inf) for axis in axes])
     owners = torch.cat([torch.full((axis.size,), index) for index, axis in enumerate(axes)])
     best = every.sort(descending=True, stable=True).indices[: int(fraction * len(every) + 0.5)]
     counts = torch.bincount(owners[best], minlength=len(axes))
@@ -89,7 +94,7 @@ def _rounded(wanted: float, step: int, axis: CoupledAxis, *, strict: bool) -> in
     """A multiple of ``step`` near ``wanted``, halves up; not above it where a limit must hold. All units where the step does not fit once."""
     if step > axis.size:
         return axis.size
-    steps = int(wanted / step + 1e-9) if strict else int(wanted / step + 0.5)
+    steps = int(wanted / step + 1e-9) if strict else int(wanted / step + 0.5 + 1e-9)
     # The last step may be a shorter one: all units are always allowed.
     return axis.size if wanted >= axis.size else min(axis.size, max(1, steps) * step)
 
@@ -153,3 +158,40 @@ def _layer_of(axis: CoupledAxis, sizes: Sequence[CacheSize]) -> CacheSize:
     layer, _ = locate(axis.name)
     assert layer is not None
     return sizes[layer]
+
+
+def check_sizes(model: nn.Module, axes: Sequence[CoupledAxis], counts: Mapping[str, int] | None) -> None:
+    """Refuse numbers of units that the model's configuration cannot describe, by cutting the model without its weights.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Not changed.
+    axes : sequence of CoupledAxis
+        What is cut.
+    counts : mapping of str to int, optional
+        Axis name -> units that stay. Left out: it is not known yet, and will differ from layer to layer.
+
+    Raises
+    ------
+    InputError
+        ``uneven-layers``, ``config-refuses-heads``.
+    """
+    from partwise.models import extract, tensors_of, with_tensors
+
+    weightless = with_tensors(model, {name: tensor.detach().to("meta") for name, tensor in tensors_of(model).items()})
+    firsts = [next(axis.name for axis in axes if axis.kind == kind) for kind in sorted({axis.kind for axis in axes})]
+    trial = counts or {axis.name: axis.size if axis.name in firsts else axis.groups for axis in axes}
+    runs = {axis.name: axis.size // axis.groups for axis in axes}
+    units = {axis.name: tuple(unit for unit in range(axis.size) if unit % runs[axis.name] < trial[axis.name] // axis.groups) for axis in axes}
+    try:
+        extract(weightless, Part(units), axes=axes)
+    except InputError as error:
+        if error.code == "uneven-layers":
+            uneven = f"got scope='model', which leaves layers of different size, and a {type(model).__name__} has one size for all."
+            advice = "Pass scope='layer', and protect no layer as a whole."
+            raise InputError("uneven-layers", f"{error if counts else uneven} {advice}") from error
+        if error.code == "config-refuses-heads":
+            reason = str(error).partition(" Keep that many")[0]
+            raise InputError("config-refuses-heads", f"{reason} Choose keep so that as many stay, or leave heads out of kinds.") from error
+        raise

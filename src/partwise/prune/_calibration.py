@@ -24,8 +24,8 @@ def batches_of(model: nn.Module, data: Tensor | Iterable[Any] | None) -> list[Ba
     model : torch.nn.Module
         Decides what a tensor is: token ids or images for a model of transformers, rows or images for any other.
     data : Tensor or iterable, or None
-        A tensor with one row per input, which is dealt in batches of 8, or batches: tensors, (inputs, labels) pairs, or mappings such as a tokenizer gives.
-        A ``DataLoader`` is one. It is read once.
+        One row per input, as a tensor or a mapping of tensors such as a tokenizer gives, which are dealt in batches of 8; or batches: tensors, pairs
+        (inputs, labels), or mappings. A ``DataLoader`` gives batches. It is read once.
 
     Raises
     ------
@@ -35,11 +35,19 @@ def batches_of(model: nn.Module, data: Tensor | Iterable[Any] | None) -> list[Ba
     from torch import Tensor
 
     device = next(model.parameters()).device
-    pieces = [] if data is None else data
+    pieces: Iterable[Any] = [] if data is None else data
     if isinstance(data, Tensor):
-        pieces = data.split(ROWS) if data.ndim > 1 else []  # type: ignore[no-untyped-call]
-    batches = [_batch_of(model, piece, device) for piece in pieces]
-    if not any(count_inputs(batch) for batch in batches):
+        if data.ndim < 2:
+            raise InputError(
+                "calibration-data", f"got a tensor of shape {tuple(data.shape)}, expected one row per input, (rows, ...). For a single row pass tensor[None]."
+            )
+        pieces = data.split(ROWS)  # type: ignore[no-untyped-call]
+    elif isinstance(data, Mapping):
+        tensors = {name: value for name, value in data.items() if isinstance(value, Tensor)}
+        count = max(map(len, tensors.values()), default=0)
+        pieces = [{name: value[start : start + ROWS] for name, value in tensors.items()} for start in range(0, count, ROWS)]
+    batches = [batch for piece in pieces if count_inputs(batch := _batch_of(model, piece, device))]
+    if not batches:
         raise InputError(
             "no-calibration",
             "got no calibration data, expected at least one batch of inputs. Pass a tensor (rows, ...), a list of batches, or a DataLoader with data in it.",
@@ -53,7 +61,7 @@ def count_inputs(batch: Batch) -> int:
         return int(batch.real.sum())
     inputs = batch.inputs.get("input_ids") if isinstance(batch.inputs, Mapping) else batch.inputs
     if inputs is None:
-        return len(next(iter(batch.inputs.values())))
+        return len(next(iter(batch.inputs.values()), ()))
     return inputs.numel() if isinstance(batch.inputs, Mapping) else len(inputs)
 
 
@@ -62,8 +70,8 @@ def _batch_of(model: nn.Module, piece: Any, device: Any) -> Batch:
 
     is_pretrained = hasattr(type(model), "config_class")
     labels = None
-    if isinstance(piece, tuple | list) and len(piece) == 2 and all(isinstance(value, Tensor) for value in piece):
-        piece, labels = piece[0], piece[1].to(device)
+    if isinstance(piece, tuple | list) and 1 <= len(piece) <= 2 and all(isinstance(value, Tensor) for value in piece):
+        piece, labels = piece[0], piece[1].to(device) if len(piece) == 2 else None  # a TensorDataset without labels gives lists of one
     if isinstance(piece, Mapping):
         tensors = {name: value.to(device) for name, value in piece.items() if isinstance(value, Tensor)}
         labels = tensors.pop("labels", labels)

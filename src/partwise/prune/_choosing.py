@@ -79,7 +79,7 @@ def _numbers(listed: str, axis: CoupledAxis, pattern: str) -> list[int]:
     units: list[int] = []
     for piece in listed.split(","):
         first, dash, last = piece.partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()) or int(last or first) >= axis.size:
+        if not first.isdecimal() or (dash and not last.isdecimal()) or not int(first) <= int(last or first) < axis.size:
             raise InputError(
                 "protect-unknown",
                 f"protect={pattern!r} names the units {piece!r} of {axis.name}, expected numbers from 0 to {axis.size - 1}. Write them as 0,4-7.",

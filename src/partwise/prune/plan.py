@@ -151,8 +151,8 @@ class UnitPlan(PrunePlan):
 
         axes = coupled_axes(model)
         part = Part(self.units)
-        check_part(axes, part)
         _refuse_other_sizes(axes, self)
+        check_part(axes, part)
         if not as_mask:
             small = extract(model, part, axes=axes)
             return scale_readers(small, self.factors, axes=axes) if self.factors else small
@@ -166,8 +166,11 @@ class UnitPlan(PrunePlan):
         from partwise.ledger import Part as Row
         from partwise.models import coupled_axes, tensors_of
 
+        axes = coupled_axes(model)
+        _refuse_other_sizes(axes, self)
+        check_part(axes, Part(self.units))
         tensors, rows = tensors_of(model), []
-        for axis in coupled_axes(model):
+        for axis in axes:
             if axis.name not in self.units:
                 continue
             parameters, size = _unit_cost(axis, tensors)  # type: ignore[arg-type]

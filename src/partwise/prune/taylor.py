@@ -53,8 +53,9 @@ class Taylor(UnitMethod):
         try:
             for number, batch in enumerate(batches):
                 report("following the gradient", number, len(batches), "")
-                loss = loss_of(functional_call(model, weights, *arguments_of(model, batch)), batch)
-                gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
+                with torch.enable_grad():  # the caller may have switched it off
+                    loss = loss_of(functional_call(model, weights, *arguments_of(model, batch)), batch)
+                    gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
                 for axis in axes:
                     scores[axis.name] += _sum_of_products(axis, weights, gradients).square() / len(batches)
         finally:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from partwise.checks import InputError, check_at_least, check_choice
 from partwise.models.axes import BlockAxis, Part
-from partwise.prune._budget import count_units
+from partwise.prune._budget import check_sizes, count_units
 from partwise.prune._calibration import batches_of, count_inputs
 from partwise.prune._choosing import best_units, protected_units
 from partwise.prune.method import PruneMethod, silent
@@ -125,8 +126,8 @@ class UnitMethod(PruneMethod):
     max_state_bytes : int or None
         Bytes that a sequence holds at most while the model writes: recurrent states, or keys and values of 1,024 tokens.
     scope : {"layer", "model"}
-        layer: the same fraction of every axis. model: the best units of the whole model, by their share of the sum of all scores of their axis; needs one
-        more pass over the calibration data, and the layers of the result differ in size.
+        layer: the same fraction of every axis. model: the best units of the whole model, by their score beside the mean score of their axis; needs one more
+        pass over the calibration data, and the layers of the result differ in size.
     round_to : int
         The number of units that stay is a multiple of this, in every group of an axis; 8 suits many kernels.
     protect : tuple of str
@@ -162,6 +163,9 @@ class UnitMethod(PruneMethod):
                 check_at_least(getattr(self, name), 1, name=name)
         check_choice(self.scope, ("layer", "model"), name="scope")
         check_at_least(self.round_to, 1, name="round_to")
+        for name in ("protect", "kinds"):
+            if isinstance(getattr(self, name), str):  # its letters would be taken for names
+                raise InputError("text-for-names", f"got {name}={getattr(self, name)!r}, expected a tuple of names. Pass ({getattr(self, name)!r},).")
         for kind in self.kinds:
             check_choice(kind, KINDS, name="kind")
 
@@ -189,9 +193,9 @@ class UnitMethod(PruneMethod):
         return Choice(best_units(scores, visit.axis, keep=keep, protect=protect), scores)
 
     def shares(self, scores: Tensor) -> Tensor:
-        """Scores as parts of their sum, so that those of different axes can be compared."""
-        total = scores.sum()
-        return scores / total if total > 0 else scores
+        """Scores in units of their mean, so that those of different axes can be compared, wide ones with narrow ones."""
+        mean = scores.mean()
+        return scores / mean if mean > 0 else scores
 
     def find_axes(self, model: nn.Module) -> tuple[CoupledAxis, ...]:
         """What the method may cut in a model.
@@ -210,8 +214,8 @@ class UnitMethod(PruneMethod):
             present = ", ".join(sorted({axis.kind for axis in every}))
             raise InputError(
                 "kinds-absent",
-                f"{type(self).__name__} prunes {' or '.join(wanted)}, and {type(model).__name__} has {present} only. Pass kinds with one of those, or choose a "
-                "method that is for them.",
+                f"{type(self).__name__} prunes {' or '.join(wanted)}, and {type(model).__name__} has {present} only. Choose a method that is for those, or "
+                "pass them as kinds where the method takes several.",
             )
         return axes
 
@@ -234,25 +238,26 @@ class UnitMethod(PruneMethod):
         InputError
             ``no-calibration``, ``not-finite`` naming the module, and what budgets and axes refuse.
         """
-        every = self.find_axes(model)
-        whole, protected = protected_units(every, self.protect)
-        axes = [axis for axis in every if axis.name not in whole]
-        if not axes:
-            raise InputError("too-many-protected", f"protect names all {len(every)} axes, so that nothing can be cut. Protect fewer.")
+        axes, protected = self._places(model)
+        counts = count_units(self, model, axes, protected, None) if self.scope == "layer" else None
+        check_sizes(model, axes, counts)  # before anything takes long
         batches = batches_of(model, data) if self.NEEDS_DATA else []
         prepared = self.prepare(model, axes, batches, report)
         walked = batches if self.WALKS and self.NEEDS_DATA else []
-        shares = None
-        if self.scope == "model":
-            shares = {visit.axis.name: self.shares(self.score(visit)) for visit in _visits(model, axes, walked, prepared, None, report)}
-        counts = count_units(self, model, axes, protected, shares)
+        if counts is None:
+            # Closed at once when something fails inside, so that gradients and modes come back.
+            with contextlib.closing(_visits(model, axes, walked, prepared, None, report)) as visits:
+                shares = {visit.axis.name: self.shares(self.score(visit)) for visit in visits}
+            counts = count_units(self, model, axes, protected, shares)
+            check_sizes(model, axes, counts)
         choices: dict[str, Choice] = dict(steps.done) if steps is not None else {}
-        for visit in _visits(model, axes, walked, prepared, choices if self.recalibrate else None, report):
-            name = visit.axis.name
-            if name not in choices:
-                choices[name] = self.choose(visit, keep=counts[name], protect=protected.get(name))
-                if steps is not None:
-                    steps.note(name, choices[name])
+        with contextlib.closing(_visits(model, axes, walked, prepared, choices if self.recalibrate else None, report)) as visits:
+            for visit in visits:
+                name = visit.axis.name
+                if name not in choices:
+                    choices[name] = self.choose(visit, keep=counts[name], protect=protected.get(name))
+                    if steps is not None:
+                        steps.note(name, choices[name])
         return UnitPlan(
             method=repr(self),
             num_tokens=sum(map(count_inputs, batches)),
@@ -260,6 +265,15 @@ class UnitMethod(PruneMethod):
             scores={axis.name: choices[axis.name].scores for axis in axes},
             factors={axis.name: factors for axis in axes if (factors := choices[axis.name].factors) is not None},
         )
+
+    def _places(self, model: nn.Module) -> tuple[list[CoupledAxis], dict[str, Tensor]]:
+        """The axes that are not protected as a whole, and which units of them are."""
+        every = self.find_axes(model)
+        whole, protected = protected_units(every, self.protect)
+        axes = [axis for axis in every if axis.name not in whole]
+        if not axes:
+            raise InputError("too-many-protected", f"protect names all {len(every)} axes, so that nothing can be cut. Protect fewer.")
+        return axes, protected
 
 
 @dataclass(frozen=True)
@@ -285,7 +299,7 @@ def _visits(
     prepared: Mapping[str, Tensor],
     choices: Mapping[str, Choice] | None,
     report: Report,
-) -> Iterator[Visit]:
+) -> Generator[Visit, None, None]:
     """One axis after the other. What was chosen for one, where there are choices, is switched off on the way to the next."""
     from partwise.models import tensors_of
     from partwise.models.walks import start_walk
