@@ -26,11 +26,11 @@ ROOMS = {"tune", "train", "prune", "serve", "federate", "decompose", "solve", "m
 LAYERS: tuple[set[str], ...] = (
     {"partwise"},  # the version and the names of the rooms
     {"checks"},
-    {"linalg", "atomic_files"},
+    {"linalg", "atomic_files", "text_files"},
     {"engine"},
     {"rounds", "selection", "models", "checkpoint", "ledger"},
-    {"runs", "figures", "commands"},
-    {"report", "flags"},
+    {"runs", "figures", "commands", "text_rows"},
+    {"report", "flags", "opened_models"},
     ROOMS,
     {"doctor", "saved_models"},
     {"cli"},

@@ -214,7 +214,7 @@ def test_the_verdict_names_the_smallest_cache_near_the_full_one_or_asks_for_larg
 
 
 def test_of_the_library_only_files_are_read_that_the_model_was_not_trained_on(model: Path):
-    from partwise.serve._models import open_model
+    from partwise.opened_models import open_model
 
     opened = open_model(str(model), device="cpu")
     settings = CompareSettings(tokens=40, rows=2)

@@ -15,7 +15,6 @@ import torch
 from torch.utils.data import RandomSampler
 
 from partwise.checks import InputError
-from partwise.train import _text
 from partwise.train._networks import MLP, PreResNet
 from partwise.train.task import TaskSettings, TrainTask, open_task
 from tiny import save_tiny, tiny_llama, tiny_llama_tokenizer
@@ -44,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def small_library(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A standard library of thirty files, so that the default takes no seconds."""
-    monkeypatch.setattr(_text.sysconfig, "get_path", lambda name: str(folder))
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(folder))
     return folder
 
 

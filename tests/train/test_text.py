@@ -290,7 +290,7 @@ def test_a_tokenizer_without_an_end_token_is_refused(folder: Path):
 
 
 def test_a_python_without_its_sources_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_text.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     with pytest.raises(InputError, match=r"found 0 source files of the standard library .* expected at least 10") as caught:
         read_corpus(None)
     assert caught.value.code == "no-library-source"

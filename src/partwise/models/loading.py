@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from partwise.atomic_files import read_json
 from partwise.checks import InputError
 
-__all__ = ["check_complete", "check_model_folder", "check_tokenizer", "load_decoder", "open_part", "quiet", "reading_weights"]
+__all__ = ["check_complete", "check_model_folder", "check_source", "check_tokenizer", "load_decoder", "open_part", "quiet", "reading_weights"]
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -44,6 +45,33 @@ def check_model_folder(folder: Path) -> None:
     if pickled := sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED):
         raise _pickled(str(folder), ", ".join(pickled))
     raise InputError("model-incomplete", f"{folder} has no *.safetensors file, expected the weights there. Download or save the model again.")
+
+
+def check_source(source: str, *, others: Sequence[str] = ()) -> str:
+    """The folder or the id of a model that writes text, after the checks that need no library.
+
+    Parameters
+    ----------
+    source : str
+        A folder as save_pretrained writes it, or an id of the Hugging Face hub.
+    others : sequence of str, optional
+        What else the caller takes, for the message.
+
+    Raises
+    ------
+    InputError
+        ``model-not-found``, ``model-incomplete`` or ``pickle-refused``.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        check_model_folder(folder)
+        return str(folder)
+    if source.startswith(("/", ".", "~")) or source.count("/") != 1:
+        known = "a folder, or a Hugging Face id such as owner/name"
+        if others:
+            known = f"a folder, a Hugging Face id such as owner/name, or one of {', '.join(others)}"
+        raise InputError("model-not-found", f"there is no folder {source!r} in {Path.cwd()}. Check --model; it takes {known}.")
+    return source
 
 
 def open_part(kind: Any, source: str, **options: Any) -> Any:
@@ -90,6 +118,41 @@ def check_tokenizer(tokenizer: Any, source: str) -> None:
 
 def load_decoder(transformers: Any, source: str, *, dtype: Any) -> tuple[Any, Any]:
     """A causal language model and its tokenizer, from a folder that was checked or from the hub."""
+    if _layers_differ(Path(source)):
+        model, tokenizer = _load_uneven_decoder(transformers, source, dtype=dtype)
+    else:
+        model, tokenizer = _load_stock_decoder(transformers, source, dtype=dtype)
+    check_tokenizer(tokenizer, source)
+    num_known = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > num_known:
+        raise InputError(
+            "weights-do-not-match",
+            f"the tokenizer of {source} has {len(tokenizer)} tokens, but the model has embeddings for {num_known}. Check that both belong together.",
+        )
+    return model, tokenizer
+
+
+def _layers_differ(folder: Path) -> bool:
+    """Whether a folder holds a model that stock transformers cannot build, because its layers have sizes of their own."""
+    settings = read_json(folder / "config.json") if folder.is_dir() else None
+    return isinstance(settings, dict) and bool(settings.get("per_layer_config"))
+
+
+def _load_uneven_decoder(transformers: Any, source: str, *, dtype: Any) -> tuple[Any, Any]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    from partwise.models.uneven_files import load_uneven
+
+    model: Any = load_uneven(source)
+    if type(model).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise InputError("task-not-supported", f"{source} holds a {type(model).__name__}, which writes no text. Pass --model with a decoder such as Llama.")
+    with quiet(transformers):
+        # With the configuration at hand, because reading it as stock code does asks for one size of all layers.
+        tokenizer = open_part(transformers.AutoTokenizer, source, config=model.config)
+    return model if dtype == "auto" else model.to(dtype), tokenizer
+
+
+def _load_stock_decoder(transformers: Any, source: str, *, dtype: Any) -> tuple[Any, Any]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     with quiet(transformers):
@@ -107,13 +170,6 @@ def load_decoder(transformers: Any, source: str, *, dtype: Any) -> tuple[Any, An
             except ValueError as error:
                 raise _unavailable(source, error) from error
     check_complete(sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}), source)
-    check_tokenizer(tokenizer, source)
-    num_known = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > num_known:
-        raise InputError(
-            "weights-do-not-match",
-            f"the tokenizer of {source} has {len(tokenizer)} tokens, but the model has embeddings for {num_known}. Check that both belong together.",
-        )
     return model, tokenizer
 
 

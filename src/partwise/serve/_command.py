@@ -87,8 +87,8 @@ def generate(flags: Any, report: Report, write: Write) -> dict[str, Any]:
     """Open the model, write, and say what it took."""
     import dataclasses
 
+    from partwise.opened_models import open_model
     from partwise.serve._flags import numbers_of
-    from partwise.serve._models import open_model
     from partwise.serve.generate import generate_text, read_prompt
 
     prompt, budgets = read_prompt(flags.prompt.prompt, flags.prompt.prompt_file), numbers_of(flags.cache.budget, flag="--budget")

@@ -15,11 +15,11 @@ from partwise import __version__
 from partwise.runs import RunFolder, begin_run, check_place, fresh_run, installed_version
 
 if TYPE_CHECKING:
+    from partwise.opened_models import OpenedModel
     from partwise.serve._flags import CompareSettings, ModelFlags
-    from partwise.serve._models import OpenedModel
-    from partwise.serve._text import TextRows
     from partwise.serve.compare import Compared, Measurement
     from partwise.serve.rule import EvictionRule
+    from partwise.text_rows import TextRows
 
 LIBRARIES = ("torch", "numpy", "transformers", "tokenizers", "safetensors")
 Report = Callable[[str, int, int, str], None]
@@ -59,7 +59,7 @@ def record_comparison(
         When something that was passed cannot be used. Nothing is written then, and nothing is left after Ctrl-C.
     """
     from partwise import report as page
-    from partwise.serve._models import open_model
+    from partwise.opened_models import open_model
     from partwise.serve._report import describe
     from partwise.serve.compare import check_caches, check_sizes, compare
 
@@ -96,7 +96,8 @@ def check_length(opened: OpenedModel, num_tokens: int) -> None:
 
 def read_text(opened: OpenedModel, settings: CompareSettings) -> TextRows:
     """Rows of the text; of the standard library those files that the model was not trained on, where its run tells."""
-    from partwise.serve._text import LIBRARY, read_rows
+    from partwise.text_files import LIBRARY
+    from partwise.text_rows import read_rows
 
     data: Mapping[str, Any] = {} if opened.run is None else opened.run.data
     known = settings.text is None and data.get("name") == LIBRARY and data.get("held_out_by") == "file"

@@ -7,7 +7,7 @@ from typing import Any
 
 from partwise.report import Card, Column, Content, Grid, Group, RunRecord, Section, format_bytes, format_metric, format_seconds, markup
 from partwise.serve import _figures as figures
-from partwise.serve._text import LIBRARY
+from partwise.text_files import LIBRARY
 
 LABELS = (
     "method", "perplexity", "change", "KL", "same token", "attention kept", "most bytes", "bound", "times less", "evictions", "tokens/s", "of full cache's",

@@ -159,9 +159,9 @@ def prepare(flags: HttpFlags, *, model: Any = None, tokenizer: Any = None, rule:
         load_extra(module, extra="http")
     load_extra("transformers", extra="hf")
     from partwise.flags import load_target
+    from partwise.opened_models import open_model
     from partwise.serve import RULES
     from partwise.serve._http_parts import assemble, listen
-    from partwise.serve._models import open_model
 
     if rule is None:
         from partwise.checks import check_choice

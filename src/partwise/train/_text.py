@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch.utils.data import Dataset
 
 from partwise.checks import InputError, check_at_least, load_extra
+from partwise.text_files import LIBRARY, decoded, files_of, library_files, library_missing, name_in, readable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -31,11 +31,6 @@ PIECE = 20_000  # characters of what is taken at a time
 FEWEST_FILES = 10  # of which whole ones are held out; of fewer, too much of the text would be
 
 _TEXT_ENDINGS = {".py", ".txt", ".md", ".rst"}
-# Folders of the standard library that are no ordinary source: its tests, other packages, and tables or texts that a program wrote.
-_NOT_LIBRARY = {
-    "__pycache__", "distutils", "dist-packages", "encodings", "ensurepip", "idle_test", "idlelib", "lib-dynload", "lib2to3", "msilib", "pydoc_data",
-    "site-packages", "test", "tests", "turtledemo",
-}  # fmt: skip
 _SPLIT_FILE = re.compile(r"(?:[\w-]+\.)?(train|valid|validation|val|dev|test)(?:\.(?:txt|tokens|raw))+", re.IGNORECASE)
 _SPLIT_NAMES = {"validation": "valid", "val": "valid", "dev": "valid"}
 
@@ -109,7 +104,7 @@ def read_corpus(text: str | None, *, valid_fraction: float = 0.05, seed: int = 0
     """
     fractions = {"valid": valid_fraction, "test": valid_fraction, "calibration": valid_fraction / 2}
     if text is None:
-        return _by_file("standard library", _library(), fractions, seed)
+        return _by_file(LIBRARY, _library(), fractions, seed)
     path = Path(text).expanduser()
     documents = _read(path)
     given: dict[str, tuple[Document, ...]] = {}
@@ -124,42 +119,24 @@ def read_corpus(text: str | None, *, valid_fraction: float = 0.05, seed: int = 0
 
 
 def _library() -> list[Document]:
-    folder = Path(sysconfig.get_path("stdlib"))
-    paths = [path for path in folder.rglob("*.py") if not _NOT_LIBRARY & set(path.relative_to(folder).parts) and path.is_file()]
-    found = _documents(sorted(paths), folder)
+    folder, paths = library_files()
+    found = _documents(paths, folder)
     if len(found) < FEWEST_FILES:
-        raise InputError(
-            "no-library-source",
-            f"found {len(found)} source files of the standard library under {folder}, expected at least {FEWEST_FILES}. Pass your own text with --text, or "
-            "use a Python that comes with its library as source files.",
-        )
+        raise library_missing(folder, len(found), least=FEWEST_FILES, flag="--text")
     return found
 
 
 def _read(path: Path) -> list[Document]:
     """Documents of a file or folder, those of a folder ordered by name."""
-    try:
-        if path.is_dir():
-            inside = (found for found in path.rglob("*") if not _is_hidden(found.relative_to(path)) and found.is_file())
-            documents = _documents(sorted(inside), path)
-        elif path.exists():
-            documents = _documents([path], path.parent, must_be_text=True)
-        else:
-            raise InputError("data-not-found", f"there is no file or folder {str(path)!r} in {Path.cwd()}. Check --text.")
-    except OSError as error:
-        raise InputError(
-            "file-unreadable", f"cannot read {error.filename or path}: {error.strerror or error}. Check the file and its permissions."
-        ) from error
+    with readable(path):
+        folder, paths = files_of(path, flag="--text")
+        documents = _documents(paths, folder, must_be_text=folder != path)
     if not documents:
         what = "holds no text files" if path.is_dir() else "is empty"
         raise InputError(
             "no-text", f"{path} {what}, expected UTF-8 text such as *.txt, *.md or *.py. Check --text, or leave it out for the built-in text."
         )
     return documents
-
-
-def _is_hidden(relative: Path) -> bool:
-    return any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
 
 
 def _documents(paths: Sequence[Path], folder: Path, *, must_be_text: bool = False) -> list[Document]:
@@ -180,15 +157,12 @@ def _document(path: Path, folder: Path, *, must_be_text: bool = False) -> Docume
             return None
         content += file.read()
     try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
+        text = decoded(content, path)
+    except InputError:
         if not must_be_text:
             return None
-        raise InputError(
-            "wrong-encoding",
-            f"{path} is not UTF-8 text: byte {error.start} is 0x{content[error.start]:02x}. Convert it (iconv -f latin1 -t utf-8), or remove it.",
-        ) from error
-    name = path.relative_to(folder).as_posix().encode(errors="backslashreplace").decode()
+        raise
+    name = name_in(folder, path)
     return Document(name, text) if text.strip() else None
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from partwise.checks import InputError
-from partwise.serve._text import CHARACTERS, read_rows
+from partwise.text_rows import CHARACTERS, read_rows
 from serve_models import write_words
 from tiny import WORDS, tiny_llama_tokenizer
 
@@ -60,7 +60,7 @@ def test_few_files_give_several_rows_each_and_no_token_twice(tmp_path: Path, tok
     used = sorted(token for row in rows.ids[:, 1:].tolist() for token in row)
     given = [*tokens_of(tokenizer, words / "words_0.txt"), *tokens_of(tokenizer, words / "words_1.txt"), 1, 1]
     assert all(used.count(token) <= given.count(token) for token in set(used))
-    with pytest.raises(InputError, match=r"two gives 6 rows of 31 tokens, expected 7\. Pass more text, or lower --tokens or --rows\.") as caught:
+    with pytest.raises(InputError, match=r"two gives 6 rows of 31 tokens, expected 7\. Pass more text with --text, or ask for fewer or") as caught:
         read_rows(str(words), tokenizer, num_rows=7, num_tokens=31)
     assert caught.value.code == "too-little-text"
 
@@ -99,12 +99,24 @@ def test_hidden_and_other_files_of_a_folder_are_not_read(words: Path, tokenizer:
     assert read_rows(str(words), tokenizer, num_rows=6, num_tokens=10).ids.shape == (6, 10)
 
 
+def test_messages_name_the_flag_of_the_caller(tmp_path: Path, tokenizer: Any):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("red green")
+    for name, match in [
+        ("gone", r"Check --calibration\."),
+        ("empty.txt", r"Check --calibration\."),
+        ("short.txt", r"Pass more text with --calibration, or ask for fewer"),
+    ]:
+        with pytest.raises(InputError, match=match):
+            read_rows(str(tmp_path / name), tokenizer, num_rows=1, num_tokens=30, flag="--calibration")
+
+
 @pytest.mark.parametrize(
     ("content", "code", "message"),
     [
         (None, "data-not-found", r"there is no file or folder '.*text\.txt' in .*\. Check --text\."),
         (b"", "no-text", r"text\.txt holds no text, expected UTF-8 text such as \*\.txt"),
-        (b"caf\xe9", "wrong-encoding", r"text\.txt is not UTF-8 text, at byte 3\. Convert it \(iconv"),
+        (b"caf\xe9", "wrong-encoding", r"text\.txt is not UTF-8 text: byte 3 is 0xe9\. Convert it \(iconv"),
         (b"red green", "too-little-text", r"text\.txt gives 0 rows of 30 tokens, expected 1\."),
     ],
 )
@@ -119,6 +131,6 @@ def test_a_text_that_cannot_be_used_is_refused(tmp_path: Path, tokenizer: Any, c
 
 def test_a_library_without_source_is_refused(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
-    with pytest.raises(InputError, match=r"found no source files of the standard library under .* Pass your own text with --text") as caught:
-        read_rows(None, tokenizer, num_rows=1, num_tokens=30)
+    with pytest.raises(InputError, match=r"found 0 source files of the standard library .* expected at least 1\. Pass your own text with --data") as caught:
+        read_rows(None, tokenizer, num_rows=1, num_tokens=30, flag="--data")
     assert caught.value.code == "no-library-source"

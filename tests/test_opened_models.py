@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from partwise.atomic_files import read_json, write_json
 from partwise.checks import InputError
+from partwise.models import Part, coupled_axes, extract
+from partwise.models.uneven_files import save_uneven
+from partwise.opened_models import choose_device, newest_train_run, open_model
 from partwise.runs import RunFolder
-from partwise.serve._models import choose_device, newest_train_run, open_model
 from serve_models import write_model
-from tiny import save_tiny, tiny_bert, tiny_bert_tokenizer, tiny_llama_tokenizer
+from tiny import save_tiny, tiny_bert, tiny_bert_tokenizer, tiny_llama, tiny_llama_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,53 @@ def test_a_device_that_is_not_here_is_refused():
     with pytest.raises(InputError, match=r"--device cuda:99 does not exist here\. Choose one of: cpu") as caught:
         choose_device("cuda:99")
     assert caught.value.code == "unknown-device"
+
+
+def write_uneven(folder: Path, model: Any = None) -> Any:
+    """A model with half the heads and neurons in its first layer; what it was cut to is returned."""
+    model = tiny_llama() if model is None else model
+    units = {axis.name: tuple(range(axis.size // 2 if ".0." in axis.name else axis.size)) for axis in coupled_axes(model)}
+    small = extract(model, Part(units)).eval()
+    save_uneven(small, folder, tokenizer=tiny_llama_tokenizer())
+    return small
+
+
+def test_a_model_whose_layers_differ_in_size_is_opened_with_its_tokenizer(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    small = write_uneven(tmp_path / "small", tiny_llama().to(torch.bfloat16))
+    assert read_json(tmp_path / "small" / "config.json")["per_layer_config"], "the layers differ, or nothing would be tested"
+    capfd.readouterr()
+    opened = open_model(str(tmp_path / "small"), device="cpu", dtype="bfloat16")
+    assert capfd.readouterr() == ("", "")
+    assert (type(opened.model), opened.model.dtype, opened.model.training, opened.run) == (type(small), torch.bfloat16, False, None)
+    ids = opened.tokenizer("red green", return_tensors="pt").input_ids
+    assert ids.tolist() == [tiny_llama_tokenizer()("red green").input_ids]
+    assert torch.equal(opened.model(ids).logits, small(ids).logits)
+    assert open_model(str(tmp_path / "small"), device="cpu").model.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("how", "code"),
+    [
+        ("a tensor is missing", "weights-do-not-match"),
+        ("damaged", "damaged-weights"),
+        ("without tokenizer", "model-incomplete"),
+        ("without vocabulary", "model-incomplete"),
+        ("another tokenizer", "weights-do-not-match"),
+    ],
+)
+def test_such_a_model_meets_the_same_checks(tmp_path: Path, how: str, code: str):
+    write_uneven(tmp_path / "small")
+    broken(tmp_path / "small", how)
+    with pytest.raises(InputError) as caught:
+        open_model(str(tmp_path / "small"), device="cpu")
+    assert caught.value.code == code
+
+
+def test_layers_of_any_size_without_a_head_for_words_are_refused(tmp_path: Path):
+    write_uneven(tmp_path / "small", tiny_llama().model)
+    with pytest.raises(InputError, match=r"holds a LlamaModel, which writes no text\. Pass --model with a decoder such as Llama\.") as caught:
+        open_model(str(tmp_path / "small"), device="cpu")
+    assert caught.value.code == "task-not-supported"
 
 
 def broken(folder: Path, how: str) -> None:

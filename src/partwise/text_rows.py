@@ -1,29 +1,23 @@
-"""Rows of tokens to measure on, from files. Which files and which part of each is drawn; reading is deterministic."""
+"""Rows of tokens to measure on or to calibrate with, from files. Which files and which part of each is drawn; reading is deterministic."""
 
 from __future__ import annotations
 
 import hashlib
-import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from partwise.checks import InputError
+from partwise.text_files import LIBRARY, decoded, files_of, library_files, library_missing, name_in, readable
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["LIBRARY", "TextRows", "read_rows"]
+__all__ = ["TextRows", "read_rows"]
 
-LIBRARY = "standard library"  # as partwise.train calls it
 ENDINGS = (".py", ".txt", ".md", ".rst", ".tokens", ".raw")
 CHARACTERS = 16  # of a file that are read for each token that is wanted, at most
-# Folders of the standard library that are no ordinary source: its tests, other packages, and tables or texts that a program wrote.
-NOT_LIBRARY = {
-    "__pycache__", "distutils", "dist-packages", "encodings", "ensurepip", "idle_test", "idlelib", "lib-dynload", "lib2to3", "msilib", "pydoc_data",
-    "site-packages", "test", "tests", "turtledemo",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,7 +43,9 @@ class TextRows:
         return hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()
 
 
-def read_rows(source: str | None, tokenizer: Any, *, num_rows: int, num_tokens: int, seed: int = 0, held_out: Sequence[str] = ()) -> TextRows:
+def read_rows(
+    source: str | None, tokenizer: Any, *, num_rows: int, num_tokens: int, seed: int = 0, held_out: Sequence[str] = (), flag: str = "--text"
+) -> TextRows:
     """Rows of consecutive tokens, each from the middle of another file; where there are too few files that long, several from one, or across files.
 
     Parameters
@@ -64,6 +60,8 @@ def read_rows(source: str | None, tokenizer: Any, *, num_rows: int, num_tokens: 
         Of the order in which files are taken.
     held_out : sequence of str
         Where there is no source: names of files of the library that the model was not trained on. Only these are read, if they exist.
+    flag : str, default="--text"
+        What messages call the source.
 
     Raises
     ------
@@ -72,8 +70,8 @@ def read_rows(source: str | None, tokenizer: Any, *, num_rows: int, num_tokens: 
     """
     import torch
 
-    folder, paths = _files(source, held_out)
-    drawn = sorted(paths, key=lambda path: hashlib.sha256(f"{seed}\n{path.relative_to(folder).as_posix()}".encode()).digest())
+    folder, paths = _files(source, held_out, flag=flag)
+    drawn = sorted(paths, key=lambda path: hashlib.sha256(f"{seed}\n{name_in(folder, path)}".encode()).digest())
     prefix, end = _prefix_of(tokenizer), [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     length = num_tokens - len(prefix)
     rows: list[tuple[str, list[int]]] = []
@@ -87,53 +85,40 @@ def read_rows(source: str | None, tokenizer: Any, *, num_rows: int, num_tokens: 
         if len(rows) == num_rows:
             break
     if not spare:
-        raise InputError("no-text", f"{source} holds no text, expected UTF-8 text such as *.txt, *.md or *.py. Check --text.")
+        raise InputError("no-text", f"{source} holds no text, expected UTF-8 text such as *.txt, *.md or *.py. Check {flag}.")
     rows += _joined(spare, length)[: num_rows - len(rows)]
     if len(rows) < num_rows:
         raise InputError(
             "too-little-text",
-            f"{source or 'the ' + LIBRARY} gives {len(rows)} rows of {num_tokens} tokens, expected {num_rows}. Pass more text, or lower --tokens or --rows.",
+            f"{source or 'the ' + LIBRARY} gives {len(rows)} rows of {num_tokens} tokens, expected {num_rows}. Pass more text with {flag}, or ask for fewer or "
+            "shorter rows.",
         )
-    is_held_out = source is None and all(path.relative_to(folder).as_posix() in held_out for path in paths)
+    is_held_out = source is None and all(name_in(folder, path) in held_out for path in paths)
     name = Path(source).resolve().name if source is not None else f"{LIBRARY}, held-out files" if is_held_out else LIBRARY
     return TextRows(name, tuple(name for name, _ in rows), torch.tensor([[*prefix, *tokens] for _, tokens in rows]))
 
 
-def _files(source: str | None, held_out: Sequence[str]) -> tuple[Path, list[Path]]:
+def _files(source: str | None, held_out: Sequence[str], *, flag: str) -> tuple[Path, list[Path]]:
     """The folder that names are relative to, and the files."""
     if source is None:
-        folder = Path(sysconfig.get_path("stdlib"))
-        paths = [path for path in folder.rglob("*.py") if not NOT_LIBRARY & set(path.relative_to(folder).parts)]
+        folder, paths = library_files()
         if not paths:
-            raise InputError(
-                "no-library-source",
-                f"found no source files of the standard library under {folder}, expected some. Pass your own text with --text, or use a Python that comes "
-                "with its library as source files.",
-            )
-        chosen = [path for path in paths if path.relative_to(folder).as_posix() in set(held_out)]
-        return folder, chosen or paths
+            raise library_missing(folder, 0, least=1, flag=flag)
+        wanted = set(held_out)
+        return folder, [path for path in paths if name_in(folder, path) in wanted] or paths
     path = Path(source).expanduser()
-    if path.is_dir():
-        inside = [found for found in path.rglob("*") if found.suffix.lower() in ENDINGS and found.is_file()]
-        return path, [found for found in inside if not any(part.startswith(".") for part in found.relative_to(path).parts)]
-    if not path.exists():
-        raise InputError("data-not-found", f"there is no file or folder {str(path)!r} in {Path.cwd()}. Check --text.")
-    return path.parent, [path]
+    with readable(path):
+        folder, paths = files_of(path, flag=flag)
+    return folder, [found for found in paths if found == path or found.suffix.lower() in ENDINGS]
 
 
 def _texts(paths: Sequence[Path], folder: Path) -> Iterator[tuple[str, str]]:
     """Names and texts of files that are not empty."""
     for path in paths:
-        try:
-            text = path.read_bytes().decode("utf-8-sig")
-        except OSError as error:
-            raise InputError("file-unreadable", f"cannot read {path}: {error.strerror or error}. Check the file and its permissions.") from error
-        except UnicodeDecodeError as error:
-            raise InputError(
-                "wrong-encoding", f"{path} is not UTF-8 text, at byte {error.start}. Convert it (iconv -f latin1 -t utf-8), or remove it."
-            ) from error
-        if text.strip():
-            yield path.relative_to(folder).as_posix(), text
+        with readable(path):
+            content = path.read_bytes()
+        if (text := decoded(content, path)).strip():
+            yield name_in(folder, path), text
 
 
 def _middle(text: str, most: int) -> str:

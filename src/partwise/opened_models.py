@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from partwise.checks import InputError, PartwiseError, load_extra
-from partwise.models.loading import check_model_folder, load_decoder
+from partwise.models.loading import check_source, load_decoder
 
-__all__ = ["OpenedModel", "TrainRun", "newest_train_run", "open_model"]
+__all__ = ["OpenedModel", "TrainRun", "choose_device", "newest_train_run", "open_model"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -63,7 +63,8 @@ def open_model(source: str | None, *, device: str | None = None, dtype: str | No
     Parameters
     ----------
     source : str or None
-        A folder as save_pretrained writes it, or an id of the Hugging Face hub. None: the newest finished run of ``partwise train`` under ``runs``.
+        A folder as save_pretrained or `partwise.models.uneven_files.save_uneven` writes it, with its tokenizer, or an id of the Hugging Face hub. None: the
+        newest finished run of ``partwise train`` under ``runs``.
     device : str, optional
         Left out: the GPU if there is one, else the CPU.
     dtype : {"float32", "bfloat16", "float16"}, optional
@@ -73,7 +74,7 @@ def open_model(source: str | None, *, device: str | None = None, dtype: str | No
     ------
     InputError
         ``no-model``, ``model-not-found``, ``model-incomplete``, ``model-unavailable``, ``pickle-refused``, ``damaged-weights``, ``weights-do-not-match``,
-        ``task-not-supported`` or ``unknown-device``.
+        ``task-not-supported`` or ``unknown-device``; for a folder whose layers differ in size also what `partwise.models.uneven_files.load_uneven` raises.
     """
     run = None if source is not None else newest_train_run()
     if source is None:
@@ -90,7 +91,7 @@ def open_model(source: str | None, *, device: str | None = None, dtype: str | No
 
     place = choose_device(device)
     kind = torch.float32 if dtype is None and place == "cpu" else "auto" if dtype is None else getattr(torch, dtype)
-    source = _checked(source)
+    source = check_source(source)
     model, tokenizer = load_decoder(transformers, source, dtype=kind)
     return OpenedModel(source, model.to(place).eval(), tokenizer, run)
 
@@ -153,17 +154,3 @@ def _run_around(model: Path) -> TrainRun | None:
         if (folder / "run.json").is_file() and (run := _train_run(folder)) is not None:
             return TrainRun(run.path, model, run.data)
     return None
-
-
-def _checked(source: str) -> str:
-    """The folder or the id, after the checks that need no library."""
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        if source.startswith(("/", ".", "~")) or source.count("/") != 1:
-            raise InputError(
-                "model-not-found",
-                f"there is no folder {source!r} in {Path.cwd()}. Check --model; it takes a folder, or a Hugging Face id such as owner/name.",
-            )
-        return source
-    check_model_folder(folder)
-    return str(folder)
