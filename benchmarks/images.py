@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from partwise.train._networks import build
+from partwise.models.networks import build
 from rows import ROOT
 
 NUM_CLASSES = 10

@@ -42,7 +42,7 @@ def perceptron(width: int) -> nn.Sequential:
 
 def decoder(hidden: int) -> Any:
     """A small Llama whose MLP is four times as wide as its hidden states."""
-    from partwise.train._networks import build
+    from partwise.models.networks import build
 
     sizes = {"hidden_size": hidden, "num_hidden_layers": 4, "num_attention_heads": 8, "intermediate_size": 4 * hidden}
     return build({"network": "llama", **sizes, "vocab_size": 512, "max_position_embeddings": 64})

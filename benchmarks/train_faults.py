@@ -109,7 +109,7 @@ class Problem:
 
 def problems(*, num_rounds: int = 30) -> list[Problem]:
     """A small decoder on the source of the standard library, and a perceptron on digits."""
-    from partwise.train._networks import build
+    from partwise.models.networks import build
     from partwise.train.task import TaskSettings, open_task
 
     text = open_task("twist", TaskSettings(context=64, batch_size=8, vocab_size=512, test_tokens=16384), seed=0)

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
+from partwise.models.networks import build
 from partwise.train import LocalSGD, LoFT, OptimizerSettings, ResIST
-from partwise.train._networks import build
 from rows import Row, append
 from train_ist_accuracy import bare_rounds, drawn_part, kilobytes
 

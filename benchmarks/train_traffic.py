@@ -25,10 +25,10 @@ from torch.utils.data import DataLoader
 
 from images import batches, loaders, mnist, perceptron
 from partwise.models import with_tensors
+from partwise.models.networks import build
 from partwise.runs import Stopped
 from partwise.train import IST, DiLoCo, LocalSGD, OptimizerSettings, SubnetTrainer, TwIST
 from partwise.train._local import task_loss
-from partwise.train._networks import build
 from partwise.train._text import TokenBlocks
 from partwise.train.method import SubnetMethod
 from partwise.train.traffic import data_parallel_bytes

@@ -14,8 +14,8 @@ import partwise
 from model_families import images, rows
 from partwise.checks import InputError
 from partwise.models import FixedFractionSampler, Part, coupled_axes, extract
+from partwise.models.networks import build
 from partwise.models.uneven_files import save_uneven
-from partwise.train._networks import build
 from partwise.train.ticket import Ticket, save_ticket
 from tiny import tiny_decoder, tiny_mlp
 
@@ -41,10 +41,19 @@ def test_a_path_may_be_text_and_start_at_home(tmp_path: Path, monkeypatch: pytes
     assert type(partwise.load("~/model")) is type(partwise.load(str(tmp_path / "model")))
 
 
-def test_a_ticket_of_a_network_of_your_own_and_an_adapter_are_told_what_opens_them(tmp_path: Path):
-    save_ticket(Ticket(tiny_mlp(3, 4, 2), Part({}), 1.0, None, (), 0), tmp_path / "ticket")
-    with pytest.raises(InputError, match=r"has no config\.json, .* use partwise\.train\.load_ticket\(folder, model=the whole model\)\."):
+def test_a_ticket_of_a_network_of_your_own_is_opened_beside_the_whole_one(tmp_path: Path):
+    network = tiny_mlp(3, 4, 2)
+    [axis] = coupled_axes(network)
+    part = Part({axis.name: (0, 3)})
+    small = extract(network, part).eval()
+    save_ticket(Ticket(small, part, 0.5, None, (), 0), tmp_path / "ticket")
+    assert torch.equal(partwise.load(tmp_path / "ticket", model=tiny_mlp(3, 4, 2, seed=7))(rows(3)), small(rows(3)))
+    with pytest.raises(InputError, match=r"holds a part of a torch\..*\.Sequential, .* Pass model=, made by its own constructor, trained or not\.") as caught:
         partwise.load(tmp_path / "ticket")
+    assert caught.value.code == "needs-whole-model"
+
+
+def test_an_adapter_is_told_what_opens_it(tmp_path: Path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(InputError, match=r"This is an adapter: use peft\.PeftModel\.from_pretrained\(model, folder\)\."):
         partwise.load(tmp_path)

@@ -30,14 +30,16 @@ ROOMS = ("tune", "train", "serve", "decompose")
 __all__ = ["ROOMS", "__version__", "load"]
 
 
-def load(path: str | os.PathLike[str]) -> nn.Module:
+def load(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> nn.Module:
     """Open a model that this package, or ``save_pretrained``, has saved, in evaluation mode. No pickle is read and no code of the folder is run.
 
     Parameters
     ----------
     path : str or path
         A folder with ``config.json`` and safetensors: a Llama, Mistral, Qwen2, Qwen3, GPT-2, GPT-NeoX, Mamba2 or ViT model of transformers whose layers may
-        differ in size, or a perceptron or ResNet of ``partwise train``.
+        differ in size, a perceptron or ResNet of ``partwise train``, or a part of a network of your own.
+    model : torch.nn.Module, optional
+        For a network of your own only: the whole one, as its own constructor makes it, trained or not. The part is taken out of a copy.
 
     Returns
     -------
@@ -47,8 +49,8 @@ def load(path: str | os.PathLike[str]) -> nn.Module:
     Raises
     ------
     InputError
-        When the folder holds pickles or no model, the architecture is not known, or ``config.json`` contradicts the tensors.
+        When the folder holds pickles or no model, the architecture is not known, ``config.json`` contradicts the tensors, or ``model`` is needed.
     """
     # By name, because this module lies below everything else.
-    model: nn.Module = importlib.import_module("partwise.saved_models").load(path)
-    return model
+    loaded: nn.Module = importlib.import_module("partwise.saved_models").load(path, model=model)
+    return loaded

@@ -16,22 +16,20 @@ if TYPE_CHECKING:
 __all__ = ["load"]
 
 
-def load(path: str | os.PathLike[str]) -> nn.Module:
+def load(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> nn.Module:
     """Open a saved model; see `partwise.load`."""
     folder = Path(path).expanduser()
     atomic_files.refuse_pickles(folder)
     if not (folder / "config.json").is_file():
         advice = "Check the path."
-        if (folder / "ticket.json").is_file():
-            advice = "This is a ticket of a network of your own: use partwise.train.load_ticket(folder, model=the whole model)."
-        elif (folder / "adapter_config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
             advice = "This is an adapter: use peft.PeftModel.from_pretrained(model, folder)."
         raise InputError("model-incomplete", f"{folder} has no config.json, expected a model as this package or save_pretrained writes it. {advice}")
     settings = atomic_files.read_json(folder / "config.json")
-    if isinstance(settings, dict) and "network" in settings:
-        from partwise.train import load_ticket
+    if isinstance(settings, dict) and {"network", "class"} & set(settings) and "model_type" not in settings:
+        from partwise.models.network_files import load_network
 
-        return load_ticket(folder)
+        return load_network(folder, model=model)
     from partwise.models.uneven_files import load_uneven
 
     return load_uneven(folder)

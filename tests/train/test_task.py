@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import RandomSampler
 
 from partwise.checks import InputError
-from partwise.train._networks import MLP, PreResNet
+from partwise.models.networks import MLP, PreResNet
 from partwise.train.task import TaskSettings, TrainTask, open_task
 from tiny import save_tiny, tiny_llama, tiny_llama_tokenizer
 

@@ -9,6 +9,8 @@
 - ``cache_sizes`` - what a sequence holds in memory while a model writes on.
 - ``uneven`` - transformers models whose layers differ in size.
 - ``uneven_files`` - write such models to folders and read them back.
+- ``networks`` - the perceptrons, ResNets and small decoders of this package.
+- ``network_files`` - write plain networks to folders and read them back.
 - ``names`` - where a module sits, read from its name.
 - ``loading`` - load models of transformers without a word on the terminal.
 

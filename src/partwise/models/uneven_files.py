@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-__all__ = ["FAMILIES", "load_uneven", "save_uneven"]
+__all__ = ["FAMILIES", "load_uneven", "refuse_other_content", "save_uneven"]
 
 # Families of transformers models that can be cut into parts; each says in SIZES which attributes may differ between layers.
 FAMILIES = ("llama", "gpt2", "neox", "mamba2", "vit")
@@ -63,7 +63,7 @@ def save_uneven(model: nn.Module, folder: str | os.PathLike[str], *, tokenizer: 
     _class_of(type(model).__name__, getattr(config, "model_type", None), where=f"a {type(model).__name__}", model=model)
     assert config is not None
     _refuse_quantised(config.to_dict(), where=f"the {type(model).__name__}")
-    _refuse_other_content(folder)
+    refuse_other_content(folder)
     _refuse_torn_ties(model)
     _refuse_mixed_dtypes(model)
     with quiet(transformers):
@@ -165,8 +165,8 @@ def _refuse_quantised(settings: Mapping[str, Any], *, where: str) -> None:
         )
 
 
-def _refuse_other_content(folder: Path) -> None:
-    """The folder is replaced as a whole, so what is there must be a model."""
+def refuse_other_content(folder: Path) -> None:
+    """Refuse to replace a folder, which is done as a whole, unless what is there is a model."""
     if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
         raise InputError(
             "not-a-model-folder", f"{folder} is there already and is no model, expected a new name or a model to replace. Choose another folder."

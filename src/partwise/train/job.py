@@ -231,7 +231,7 @@ def prepare(
 
 def starts_new(sources: TaskSettings) -> bool:
     """Whether the model starts from random weights."""
-    from partwise.train._networks import NETWORKS
+    from partwise.models.networks import NETWORKS
 
     return sources.model is None or sources.model in NETWORKS
 

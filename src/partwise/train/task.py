@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from partwise.checks import InputError, check_at_least
+from partwise.checks import InputError, check_at_least, load_extra
 
 if TYPE_CHECKING:
     from torch import nn
@@ -151,9 +151,9 @@ def open_task(method_name: str, settings: TaskSettings, *, seed: int) -> TrainTa
     ------
     InputError
         ``network-mismatch`` when the model is not made for the data; ``max-length`` when the context is longer than the model can read; ``too-little-text``
-        or ``too-few-rows`` when there is not one batch; and what `partwise.train._text`, `partwise.train._arrays` and `partwise.train._networks` refuse.
+        or ``too-few-rows`` when there is not one batch; and what `partwise.train._text`, `partwise.train._arrays` and `partwise.models.loading` refuse.
     """
-    from partwise.train._networks import NETWORKS
+    from partwise.models.networks import NETWORKS
 
     kind: Kind = "causal-lm" if _wants_text(method_name, settings) else "classification"
     model = settings.model
@@ -169,7 +169,7 @@ def open_task(method_name: str, settings: TaskSettings, *, seed: int) -> TrainTa
 
 
 def _wants_text(method_name: str, settings: TaskSettings) -> bool:
-    from partwise.train._networks import NETWORKS
+    from partwise.models.networks import NETWORKS
 
     if settings.text is not None or settings.data is not None:
         return settings.text is not None
@@ -178,18 +178,19 @@ def _wants_text(method_name: str, settings: TaskSettings) -> bool:
 
 
 def _text_task(settings: TaskSettings, seed: int) -> TrainTask:
-    from partwise.train import _networks, _text
+    from partwise.models.networks import NETWORKS, build
+    from partwise.train import _text
 
     context, name = settings.context, settings.model or TEXT_NETWORK
     loaded = None
-    if name not in _networks.NETWORKS:
-        loaded, tokenizer = _networks.load_language_model(name)
+    if name not in NETWORKS:
+        loaded, tokenizer = load_language_model(name)
         _check_context(loaded, name, context)
     corpus = _text.read_corpus(settings.text, valid_fraction=settings.valid_fraction or VALID_FRACTIONS["causal-lm"], seed=settings.split_seed)
     if loaded is None:
         tokenizer = _text.train_tokenizer(corpus.parts["train"], vocab_size=settings.vocab_size, context=context)
-        config = _networks.NETWORKS[name] | {"vocab_size": len(tokenizer), "max_position_embeddings": context}
-        loaded = _networks.build(config, seed=seed)
+        config = NETWORKS[name] | {"vocab_size": len(tokenizer), "max_position_embeddings": context}
+        loaded = build(config, seed=seed)
     blocks = _text.blocks_of(corpus, tokenizer, context=context)
     most = settings.test_tokens // context
     shown = {part: blocks[part].evenly(max(1, most // share)) for part, share in (("valid", 2), ("test", 1), ("calibration", 4))}
@@ -223,6 +224,29 @@ def _check_context(model: Any, name: str, context: int) -> None:
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is not None and context > longest:
         raise InputError("max-length", f"context={context} is more than the {longest} tokens that {name} can read. Pass --context {longest} or less.")
+
+
+def load_language_model(source: str) -> tuple[nn.Module, Any]:
+    """A causal language model to go on with, in float32, and its tokenizer: from safetensors only and without remote code.
+
+    Parameters
+    ----------
+    source : str
+        A folder as save_pretrained writes it, or an id of the Hugging Face hub.
+
+    Raises
+    ------
+    InputError
+        ``model-not-found``, ``model-incomplete``, ``model-unavailable``, ``pickle-refused``, ``damaged-weights``, ``weights-do-not-match`` or
+        ``task-not-supported``.
+    """
+    import torch
+
+    from partwise.models.loading import check_source, load_decoder
+    from partwise.models.networks import NETWORKS
+
+    transformers = load_extra("transformers", extra="hf")
+    return load_decoder(transformers, check_source(source, others=tuple(NETWORKS)), dtype=torch.float32)
 
 
 def _samples_task(method_name: str, settings: TaskSettings, seed: int) -> TrainTask:
@@ -264,18 +288,19 @@ def _samples_task(method_name: str, settings: TaskSettings, seed: int) -> TrainT
 
 def _with_network(samples: Samples, name: str | None, seed: int) -> tuple[Samples, nn.Module]:
     """The samples in the form that a network reads, and the network at their size."""
-    from partwise.train import _arrays, _networks
+    from partwise.models.networks import NETWORKS, build
+    from partwise.train import _arrays
 
     if name is None:
         name = "resnet" if samples.inputs["train"].ndim == 4 else "mlp"
-    config = _networks.NETWORKS[name] | {"num_classes": len(samples.class_names)}
+    config = NETWORKS[name] | {"num_classes": len(samples.class_names)}
     if config["network"] == "resnet":
         samples = _arrays.as_images(samples)
         config["channels"] = samples.inputs["train"].shape[1]
     else:
         samples = _arrays.as_rows(samples)
         config["num_inputs"] = samples.inputs["train"].shape[1]
-    return samples, _networks.build(config, seed=seed)
+    return samples, build(config, seed=seed)
 
 
 def _loader(dataset: Any, batch_size: int, *, seed: int | None = None) -> DataLoader[Any]:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import math
@@ -155,8 +154,8 @@ def save_ticket(ticket: Ticket, folder: Path, *, tokenizer: Any = None, card: st
     """Write a ticket so that it opens without this package; the folder appears whole or not at all.
 
     A model of transformers becomes a folder that stock ``from_pretrained`` reads. A network that ``partwise train`` built becomes ``model.safetensors`` and a
-    ``config.json`` from which ``load_ticket`` builds it again; of any other, ``load_ticket`` wants the whole model. Beside them, ``ticket.json`` says which
-    units it holds.
+    ``config.json`` from which ``partwise.load`` builds it again; of any other, it wants the whole model. Beside them, ``ticket.json`` says which units it
+    holds.
 
     Parameters
     ----------
@@ -179,7 +178,9 @@ def save_ticket(ticket: Ticket, folder: Path, *, tokenizer: Any = None, card: st
         if _is_pretrained(ticket.model):
             ticket.model.save_pretrained(temporary)  # type: ignore[operator]
         else:
-            _save_plain(ticket.model, temporary)
+            from partwise.models.network_files import write_network
+
+            write_network(ticket.model, temporary, part=ticket.part)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         if card:
@@ -200,17 +201,19 @@ def load_ticket(folder: Path, *, model: nn.Module | None = None) -> nn.Module:
     Raises
     ------
     InputError
-        When there is no such folder, it holds pickles, or no model.
+        When there is no such folder, it holds pickles, or no model; ``needs-whole-model`` where ``model`` was left out for a network of your own.
     """
     folder = Path(folder)
     atomic_files.refuse_pickles(folder)
     if not (folder / "config.json").is_file():
-        return _load_own(folder, model)
+        raise InputError("no-ticket", f"{folder} has no config.json, expected a folder that save_ticket wrote. Check the path.")
     config = atomic_files.read_json(folder / "config.json")
     if not isinstance(config, dict) or ("model_type" in config and len(config.get("architectures") or ()) != 1):
         raise InputError("no-ticket", f"{folder / 'config.json'} does not name the class of its model, expected what save_ticket wrote. Check the path.")
     if "model_type" not in config:
-        return _load_plain(config, folder)
+        from partwise.models.network_files import load_network
+
+        return load_network(folder, model=model)
     from partwise.models.uneven_files import load_uneven
 
     return load_uneven(folder)
@@ -276,60 +279,3 @@ def _facts(ticket: Ticket) -> dict[str, Any]:
 
 def _is_pretrained(model: nn.Module) -> bool:
     return hasattr(type(model), "config_class") and hasattr(model, "save_pretrained")
-
-
-def _save_plain(model: nn.Module, folder: Path) -> None:
-    from safetensors.torch import save_file
-
-    from partwise.models import tensors_of
-    from partwise.train import _networks
-
-    if _networks.is_ours(model):
-        atomic_files.write_json(folder / "config.json", _networks.config_of(model))
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors_of(model).items()}, folder / "model.safetensors")
-
-
-def _load_plain(config: Any, folder: Path) -> nn.Module:
-    from safetensors.torch import load_file
-
-    from partwise.train import _networks
-
-    model: nn.Module = _networks.build(config)
-    with _sound_weights(folder):
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-    return model.eval()
-
-
-def _load_own(folder: Path, model: nn.Module | None) -> nn.Module:
-    """A ticket of a network that somebody else built."""
-    from safetensors.torch import load_file
-
-    from partwise.models import coupled_axes, extract
-
-    if not (folder / "ticket.json").is_file() or not (folder / "model.safetensors").is_file():
-        raise InputError("no-ticket", f"{folder} has no config.json and no ticket.json, expected a folder that save_ticket wrote. Check the path.")
-    if model is None:
-        raise InputError(
-            "no-ticket", f"{folder} holds a ticket of a network that partwise did not build, expected the whole model too. Pass model=, trained or not."
-        )
-    units = atomic_files.read_json(folder / "ticket.json")["units"]
-    axes = [axis for axis in coupled_axes(model) if axis.name in units]
-    small = extract(model, Part({name: tuple(held) for name, held in units.items()}), axes=axes)
-    with _sound_weights(folder):
-        small.load_state_dict(load_file(folder / "model.safetensors"))
-    return small.eval()
-
-
-@contextlib.contextmanager
-def _sound_weights(folder: Path) -> Iterator[None]:
-    """Say in our words what is wrong with the weights of a ticket."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (SafetensorError, OSError) as error:
-        raise InputError("damaged-weights", f"the weights of {folder} cannot be read ({str(error).splitlines()[0]}). Copy or save the ticket again.") from error
-    except RuntimeError as error:
-        raise InputError(
-            "weights-do-not-match", f"the weights of {folder} are not of the sizes that its configuration tells. Check that both files belong together."
-        ) from error

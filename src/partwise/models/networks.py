@@ -1,10 +1,9 @@
-"""The built-in networks, made from a configuration and a seed, and language models from a folder or the hub."""
+"""The built-in networks, made from a configuration and a seed."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,12 +11,12 @@ from torch import nn
 from torch.nn import functional
 
 from partwise.checks import InputError, check_choice, load_extra
-from partwise.models.loading import check_model_folder, load_decoder, quiet
+from partwise.models.loading import quiet
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["MLP", "NETWORKS", "PreActBlock", "PreResNet", "build", "config_of", "load_language_model"]
+__all__ = ["MLP", "NETWORKS", "PreActBlock", "PreResNet", "build", "config_of", "is_ours"]
 
 # Sizes without what the data say (num_inputs, channels, num_classes, vocab_size, max_position_embeddings). The head counts of the decoders are such that
 # 100, 75, 50 and 25 % of the heads divide the hidden size, as LlamaConfig wants it, and 16 divides the width of their MLP.
@@ -35,7 +34,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
         ],
     },
 }
-END_TOKEN = 0  # number of the token that ends a text, see partwise.train._text.train_tokenizer
+END_TOKEN = 0  # number of the token that ends a text, as the room train makes its tokenizers
 
 _LLAMA_SIZES = (
     "vocab_size", "max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
@@ -174,7 +173,7 @@ def build(config: Mapping[str, Any], *, seed: int = 0) -> nn.Module:
 
 
 def is_ours(model: nn.Module) -> bool:
-    """Whether `config_of` knows this network."""
+    """Whether this is one of the plain networks of this package; a decoder is transformers'."""
     return isinstance(model, MLP | PreResNet)
 
 
@@ -206,7 +205,8 @@ def config_of(model: nn.Module) -> dict[str, Any]:
         return {"network": "llama"} | {name: getattr(settings, name) for name in _LLAMA_SIZES}
     raise InputError(
         "unknown-network",
-        f"got a {type(model).__name__}, expected one of the networks {', '.join(NETWORKS)}. Save other modules with safetensors, and build them yourself.",
+        f"got a {type(model).__name__}, expected one of the networks {', '.join(NETWORKS)}. Save other modules with "
+        "partwise.models.network_files.save_network and part=.",
     )
 
 
@@ -222,35 +222,3 @@ def _llama(**sizes: Any) -> nn.Module:
 
 
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {"mlp": MLP, "resnet": PreResNet, "llama": _llama}
-
-
-def load_language_model(source: str) -> tuple[nn.Module, Any]:
-    """A causal language model with its tokenizer, in float32, from safetensors only and without remote code.
-
-    Parameters
-    ----------
-    source : str
-        A folder as save_pretrained writes it, or an id of the Hugging Face hub.
-
-    Returns
-    -------
-    tuple of (transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase)
-        Model and tokenizer.
-
-    Raises
-    ------
-    InputError
-        ``model-not-found``, ``model-incomplete``, ``model-unavailable``, ``pickle-refused``, ``damaged-weights``, ``weights-do-not-match`` or
-        ``task-not-supported``.
-    """
-    transformers = load_extra("transformers", extra="hf")
-    if Path(source).expanduser().is_dir():
-        source = str(Path(source).expanduser())
-        check_model_folder(Path(source))
-    elif source.startswith(("/", ".", "~")) or source.count("/") != 1:
-        raise InputError(
-            "model-not-found",
-            f"there is no folder {source!r} in {Path.cwd()}. Check --model; it takes a folder, a Hugging Face id such as owner/name, or one of "
-            f"{', '.join(NETWORKS)}.",
-        )
-    return load_decoder(transformers, source, dtype=torch.float32)

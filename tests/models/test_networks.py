@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from partwise.checks import InputError
 from partwise.models import BlockAxis, Part, coupled_axes, extract, tensors_of
-from partwise.train._networks import MLP, NETWORKS, PreResNet, build, config_of, load_language_model
-from tiny import save_tiny, tiny_bert, tiny_bert_tokenizer, tiny_llama, tiny_llama_tokenizer, with_statistics
+from partwise.models.networks import MLP, NETWORKS, PreResNet, build, config_of
+from tiny import with_statistics
 from tolerances import assert_close
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -174,56 +174,3 @@ def test_a_model_that_is_not_one_of_ours_has_no_configuration():
 def test_the_classes_are_the_ones_that_parts_keep():
     assert isinstance(network("mlp"), MLP)
     assert isinstance(network("resnet"), PreResNet)
-
-
-# Language models from folders
-
-
-def test_a_saved_model_is_loaded_in_float32_with_its_tokenizer(tmp_path: Path):
-    model = tiny_llama()
-    save_tiny(tmp_path, model.to(torch.bfloat16), tiny_llama_tokenizer())
-    loaded, tokenizer = load_language_model(str(tmp_path))
-    assert all(parameter.dtype == torch.float32 for parameter in loaded.parameters())
-    assert torch.equal(loaded.state_dict()["lm_head.weight"], model.state_dict()["lm_head.weight"].float())
-    assert tokenizer.eos_token == "</s>"
-
-
-def refused(code: str, source: Path | str, match: str) -> None:
-    with pytest.raises(InputError, match=match) as caught:
-        load_language_model(str(source))
-    assert caught.value.code == code
-
-
-def test_a_missing_folder_a_missing_tokenizer_and_missing_weights_are_named(tmp_path: Path):
-    refused("model-not-found", tmp_path / "none", "there is no folder .* one of llama-small, llama-medium, mlp, resnet")
-    refused("model-not-found", "lama-small", "there is no folder 'lama-small'")
-    refused("model-incomplete", tmp_path, r"has no config\.json")
-    tiny_llama().save_pretrained(tmp_path)
-    refused("model-incomplete", tmp_path, "tokenizer")
-    (tmp_path / "model.safetensors").unlink()
-    refused("model-incomplete", tmp_path, r"has no \*\.safetensors file")
-    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    refused("pickle-refused", tmp_path, r"pickled weights only \(pytorch_model\.bin\)")
-
-
-def test_a_model_of_the_hub_that_cannot_be_reached_is_refused():
-    refused("model-unavailable", "nobody/nothing", "cannot load 'nobody/nothing'")
-
-
-def test_weights_that_lack_tensors_or_are_damaged_are_refused(tmp_path: Path):
-    save_tiny(tmp_path, tiny_llama(), tiny_llama_tokenizer())
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
-    refused("weights-do-not-match", tmp_path, "lack 9 tensors")
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model.safetensors").write_bytes(b"x" * 100)
-    refused("damaged-weights", tmp_path, "cannot be read")
-
-
-def test_an_encoder_and_a_tokenizer_with_too_many_tokens_are_refused(tmp_path: Path):
-    save_tiny(tmp_path / "many", tiny_llama(), tiny_llama_tokenizer([f"word{number}" for number in range(100)]))
-    refused("weights-do-not-match", tmp_path / "many", "has 103 tokens, but the model has embeddings for 24")
-    save_tiny(tmp_path / "vit", tiny_bert(), tiny_bert_tokenizer())
-    config = json.loads((tmp_path / "vit" / "config.json").read_text())
-    (tmp_path / "vit" / "config.json").write_text(json.dumps(config | {"model_type": "vit"}))
-    refused("task-not-supported", tmp_path / "vit", "is of type vit, which writes no text")
