@@ -133,9 +133,9 @@ def load_decoder(transformers: Any, source: str, *, dtype: Any) -> tuple[Any, An
 
 
 def _layers_differ(folder: Path) -> bool:
-    """Whether a folder holds a model that stock transformers cannot build, because its layers have sizes of their own."""
+    """Whether a folder holds a model that stock transformers cannot build, because its layers have sizes of their own or are of low rank."""
     settings = read_json(folder / "config.json") if folder.is_dir() else None
-    return isinstance(settings, dict) and bool(settings.get("per_layer_config"))
+    return isinstance(settings, dict) and bool(settings.get("per_layer_config") or (folder / "low_rank.json").is_file())
 
 
 def _load_uneven_decoder(transformers: Any, source: str, *, dtype: Any) -> tuple[Any, Any]:

@@ -1,7 +1,8 @@
 """Plain networks as folders: ``config.json`` and ``model.safetensors``, without pickles and without code.
 
 A perceptron or ResNet of this package is built again from its configuration. Of any other network the configuration says which units of the whole one it
-holds, and the sizes of its tensors: whoever loads it brings the whole network, made by its own constructor, and the same part is taken out of it.
+holds, and the sizes of its tensors: whoever loads it brings the whole network, made by its own constructor, and the same part is taken out of it. Layers of
+low rank are told in ``low_rank.json``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 from partwise import atomic_files
 from partwise.checks import InputError
 from partwise.models.axes import Part
+from partwise.models.low_rank_layers import RANKS, make_thin, ranks_of, read_ranks
 from partwise.models.networks import build, config_of, is_ours
 from partwise.models.parts import coupled_axes, extract, tensors_of
 from partwise.models.uneven_files import refuse_other_content
@@ -93,6 +95,9 @@ def load_network(folder: str | os.PathLike[str], *, model: nn.Module | None = No
     if not isinstance(config, dict) or not {"network", "class"} & set(config):
         raise InputError("bad-model-config", f"{folder / CONFIG} names no network and no class, expected what save_network wrote. Check the path.")
     network = build(config) if "network" in config else _cut_again(config, folder, model)
+    make_thin(network, read_ranks(folder))
+    if "network" not in config:
+        _check_sizes(config["sizes"], network, folder)
     _fill(network, folder)
     return network.eval()
 
@@ -123,6 +128,8 @@ def _write(model: nn.Module, config: Mapping[str, Any], folder: Path) -> None:
     from safetensors.torch import save_file
 
     atomic_files.write_json(folder / CONFIG, config)
+    if ranks := ranks_of(model):
+        atomic_files.write_json(folder / RANKS, ranks)
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors_of(model).items()}, folder / WEIGHTS)
 
 
@@ -138,10 +145,13 @@ def _cut_again(config: Mapping[str, Any], folder: Path, model: nn.Module | None)
     if not _is_lists_of_counts(units) or not _is_lists_of_counts(sizes):
         raise InputError("bad-model-config", f"{folder / CONFIG} has no units and sizes as save_network writes them. Restore it from a copy.")
     part = Part({name: tuple(held) for name, held in units.items()})
-    network = extract(model, part, axes=[axis for axis in coupled_axes(model) if axis.name in units]) if units else copy.deepcopy(model)
+    return extract(model, part, axes=[axis for axis in coupled_axes(model) if axis.name in units]) if units else copy.deepcopy(model)
+
+
+def _check_sizes(sizes: Mapping[str, list[int]], network: nn.Module, folder: Path) -> None:
+    """Refuse a whole network of other sizes than the one that was saved."""
     asked = {name: tuple(shape) for name, shape in sizes.items()}
     _check_same(asked, network, where=str(folder / CONFIG), advice="Pass model= with the sizes of the network that was saved")
-    return network
 
 
 def _is_lists_of_counts(value: Any) -> TypeGuard[dict[str, list[int]]]:

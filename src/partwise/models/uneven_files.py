@@ -3,6 +3,9 @@
 ``save_uneven`` writes ``config.json`` and safetensors. Where all layers agree, that is an ordinary checkpoint, which stock ``from_pretrained`` opens. Where
 they differ, the sizes stand in ``per_layer_config``, the schema of transformers; its models do not read it yet, so ``load_uneven`` builds the layers. Both
 compare every tensor with what the configuration asks for, before anything is written or allocated.
+
+Layers of low rank are told in ``low_rank.json``, which no other code reads. The weights of such a model lie in a file of another name, so that stock code finds
+none and says so, instead of drawing the missing ones at random.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from partwise.models.uneven import per_layer_blocks
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Callable
     from types import ModuleType
 
     from torch import Tensor, nn
@@ -30,6 +34,7 @@ __all__ = ["FAMILIES", "load_uneven", "refuse_other_content", "save_uneven"]
 # Families of transformers models that can be cut into parts; each says in SIZES which attributes may differ between layers.
 FAMILIES = ("llama", "gpt2", "neox", "mamba2", "vit")
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+LOW_RANK = "low_rank"  # in the names of the weights of a model with such layers, as in model.low_rank.safetensors
 
 Shape = tuple[int, ...]
 
@@ -40,7 +45,8 @@ def save_uneven(model: nn.Module, folder: str | os.PathLike[str], *, tokenizer: 
     Parameters
     ----------
     model : transformers.PreTrainedModel
-        Of the families Llama, Mistral, Qwen2, Qwen3, GPT-2, GPT-NeoX, Mamba2 or ViT, as transformers made it or as ``partwise.models.extract`` did.
+        Of the families Llama, Mistral, Qwen2, Qwen3, GPT-2, GPT-NeoX, Mamba2 or ViT, as transformers made it or as ``partwise.models.extract`` or
+        ``partwise.prune.apply`` did.
     folder : str or path
         Target; a model that is already there is replaced.
     tokenizer : transformers.PreTrainedTokenizerBase, optional
@@ -59,6 +65,8 @@ def save_uneven(model: nn.Module, folder: str | os.PathLike[str], *, tokenizer: 
     """
     folder = Path(folder).expanduser()
     transformers = load_extra("transformers", extra="hf")
+    from partwise.models import low_rank_layers
+
     config = getattr(model, "config", None)
     _class_of(type(model).__name__, getattr(config, "model_type", None), where=f"a {type(model).__name__}", model=model)
     assert config is not None
@@ -66,12 +74,15 @@ def save_uneven(model: nn.Module, folder: str | os.PathLike[str], *, tokenizer: 
     refuse_other_content(folder)
     _refuse_torn_ties(model)
     _refuse_mixed_dtypes(model)
+    ranks = low_rank_layers.ranks_of(model)
     with quiet(transformers):
-        expected, tied = _expected_shapes(type(model), config, where=f"the {type(model).__name__}")
+        expected, tied = _expected_shapes(type(model), config, ranks, where=f"the {type(model).__name__}")
         saved = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        _compare(saved, expected, tied=tied, where=f"the {type(model).__name__}", config=config, strict=True)
+        _compare(saved, expected, tied=tied, where=f"the {type(model).__name__}", config=config, ranks=ranks, strict=True)
         with atomic_files.write_folder(folder) as temporary:
-            model.save_pretrained(temporary)  # type: ignore[operator]
+            model.save_pretrained(temporary, variant=LOW_RANK if ranks else None)  # type: ignore[operator]
+            if ranks:
+                atomic_files.write_json(temporary / low_rank_layers.RANKS, ranks)
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
             for name, data in (extra or {}).items():
@@ -95,26 +106,35 @@ def load_uneven(folder: str | os.PathLike[str]) -> nn.Module:
     ------
     InputError
         ``folder-missing``, ``pickle-refused``, ``model-incomplete``, ``unknown-architecture``, ``bad-model-config``, ``quantised-model``, ``damaged-weights``,
-        ``sizes-contradict`` (naming the tensor and both sizes) or ``weights-do-not-match``.
+        ``sizes-contradict`` (naming the tensor and both sizes) or ``weights-do-not-match``; for layers of low rank also ``unknown-layer``,
+        ``unsupported-layer``, ``torn-ties`` or ``rank-out-of-range``.
     RunError
         ``file-unreadable`` or ``file-damaged`` for ``config.json``.
     """
     folder = Path(folder).expanduser()
     atomic_files.refuse_pickles(folder)
     transformers = load_extra("transformers", extra="hf")
-    settings = _settings_of(folder)
+    from partwise.models import low_rank_layers
+
+    settings, ranks = _settings_of(folder), low_rank_layers.read_ranks(folder)
     [architecture] = settings["architectures"]
     kind = _class_of(architecture, settings["model_type"], where=f"{folder / CONFIG}, a {architecture}")
     _refuse_quantised(settings, where=str(folder))
-    found = _shapes_in(folder, renamed=getattr(_families()[settings["model_type"]], "RENAMED", {}))
+    variant = LOW_RANK if ranks else None
+    found = _shapes_in(folder, variant=variant, renamed=getattr(_families()[settings["model_type"]], "RENAMED", {}))
     with quiet(transformers):
         config = _config_of(kind, folder, settings, found)
-        expected, tied = _expected_shapes(kind, config, where=str(folder / CONFIG))
-        _compare(found, expected, tied=tied, where=str(folder), config=config, strict=config.is_heterogeneous)
-        with _readable_config(folder / CONFIG), _built_layer_by_layer(config), _sound_weights(folder):
-            model, info = kind.from_pretrained(folder, config=config, use_safetensors=True, local_files_only=True, output_loading_info=True)
+        expected, tied = _expected_shapes(kind, config, ranks, where=str(folder / CONFIG))
+        _compare(found, expected, tied=tied, where=str(folder), config=config, ranks=ranks, strict=config.is_heterogeneous)
+        options = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True, "variant": variant}
+        with _readable_config(folder / CONFIG), _built_layer_by_layer(config), _built_thin(kind, ranks), _sound_weights(folder):
+            model, info = kind.from_pretrained(folder, config=config, **options)
+    for name, shape, wanted in sorted(info["mismatched_keys"]):  # of names that stock code translates, so that they could not be compared before
+        _compare({name: tuple(shape)}, {name: tuple(wanted)}, tied=tied, where=str(folder), config=config, ranks=ranks, strict=False)
     if info["missing_keys"]:  # would be drawn at random without a word
         raise _misses(folder, sorted(info["missing_keys"]))
+    if ranks and info["unexpected_keys"]:
+        raise _surplus(folder, sorted(info["unexpected_keys"]))
     return model.eval()  # type: ignore[no-any-return]
 
 
@@ -245,27 +265,28 @@ def _check_overrides(settings: Mapping[str, Any], path: Path) -> None:
                 raise _bad_config(path, f"per_layer_config of layer {layer} sets {name} to {of_layer[name]!r}, not to a number of at least 1")
 
 
-def _expected_shapes(kind: type[Any], config: Any, *, where: str) -> tuple[dict[str, Shape], set[str]]:
+def _expected_shapes(kind: type[Any], config: Any, ranks: Mapping[str, int], *, where: str) -> tuple[dict[str, Shape], set[str]]:
     """Shapes of all tensors that a configuration asks for, without allocating them; and the names of those that are tied to another."""
     import torch
 
-    with _readable_config(where), torch.device("meta"), _built_layer_by_layer(config):
+    with _readable_config(where), torch.device("meta"), _built_layer_by_layer(config), _built_thin(kind, ranks):
         model = kind(config)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, set(model.all_tied_weights_keys)
 
 
-def _shapes_in(folder: Path, *, renamed: Mapping[str, str]) -> dict[str, Shape]:
+def _shapes_in(folder: Path, *, variant: str | None, renamed: Mapping[str, str]) -> dict[str, Shape]:
     """Shapes of all tensors in the safetensors files of a folder, read from their headers, under their names in the model."""
     from safetensors import safe_open
 
-    files = {WEIGHTS}
-    if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
-        index = atomic_files.read_json(folder / INDEX)
+    weights, listed = (name.replace(".", f".{variant}.", 1) if variant else name for name in (WEIGHTS, INDEX))
+    files = {weights}
+    if not (folder / weights).is_file() and (folder / listed).is_file():
+        index = atomic_files.read_json(folder / listed)
         files = set(index["weight_map"].values()) if isinstance(index, dict) and isinstance(index.get("weight_map"), dict) else set()
     missing = sorted(str(name) for name in files if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file())
     if missing or not files:
         raise InputError(
-            "model-incomplete", f"{folder} has no {', '.join(missing) or WEIGHTS}, expected the weights there. Download or save the model again."
+            "model-incomplete", f"{folder} has no {', '.join(missing) or weights}, expected the weights there. Download or save the model again."
         )
     shapes: dict[str, Shape] = {}
     for file in sorted(files):
@@ -274,7 +295,9 @@ def _shapes_in(folder: Path, *, renamed: Mapping[str, str]) -> dict[str, Shape]:
     return {renamed.get(name, name): shape for name, shape in shapes.items()}
 
 
-def _compare(found: Mapping[str, Shape], expected: Mapping[str, Shape], *, tied: set[str], where: object, config: Any, strict: bool) -> None:
+def _compare(
+    found: Mapping[str, Shape], expected: Mapping[str, Shape], *, tied: set[str], where: object, config: Any, ranks: Mapping[str, int], strict: bool
+) -> None:
     """Refuse tensors that differ from what the configuration asks for.
 
     Surplus names may be former ones that stock code knows how to read; ``strict`` refuses them.
@@ -283,21 +306,21 @@ def _compare(found: Mapping[str, Shape], expected: Mapping[str, Shape], *, tied:
         if name in expected and shape != expected[name]:
             raise InputError(
                 "sizes-contradict",
-                f"{name} of {where} has the shape {shape}, but the configuration{_own_sizes(name, config)} makes it {expected[name]}. Check that both belong "
-                "together, or save the model again.",
+                f"{name} of {where} has the shape {shape}, but the configuration{_own_sizes(name, config, ranks)} makes it {expected[name]}. Check that both "
+                "belong together, or save the model again.",
             )
     missing, surplus = sorted(set(expected) - set(found) - tied), sorted(set(found) - set(expected) - tied)
     if missing and (strict or not surplus):
         raise _misses(where, missing)
     if surplus and strict:
-        raise InputError(
-            "weights-do-not-match",
-            f"the weights of {where} hold {len(surplus)} tensors that its configuration does not know, such as {surplus[0]}. Check that both belong together.",
-        )
+        raise _surplus(where, surplus)
 
 
-def _own_sizes(name: str, config: Any) -> str:
-    """What ``per_layer_config`` says of the layer that a tensor belongs to."""
+def _own_sizes(name: str, config: Any, ranks: Mapping[str, int]) -> str:
+    """What ``low_rank.json`` or ``per_layer_config`` say of the layer that a tensor belongs to."""
+    thin = next((thin for thin in ranks if name.startswith(f"{thin}.")), None)
+    if thin is not None:
+        return f" (rank {ranks[thin]} in low_rank.json)"
     layer, _ = locate(name)
     if layer is None or not config.is_heterogeneous:
         return ""
@@ -309,6 +332,13 @@ def _misses(where: object, names: list[str]) -> InputError:
     return InputError(
         "weights-do-not-match",
         f"the weights of {where} lack {len(names)} tensors that its configuration asks for, such as {names[0]}. Check that both belong together.",
+    )
+
+
+def _surplus(where: object, names: list[str]) -> InputError:
+    return InputError(
+        "weights-do-not-match",
+        f"the weights of {where} hold {len(names)} tensors that its configuration does not know, such as {names[0]}. Check that both belong together.",
     )
 
 
@@ -345,3 +375,24 @@ def _built_layer_by_layer(config: Any) -> contextlib.AbstractContextManager[None
     """What stock code needs to build layers of different sizes; nothing where all have one size."""
     family = _families()[config.model_type]
     return per_layer_blocks(family.block_class(config.model_type)) if config.is_heterogeneous and family.SIZES else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _built_thin(kind: type[Any], ranks: Mapping[str, int]) -> Iterator[None]:
+    """Give every model of a class, as soon as it is built, its layers of low rank."""
+    from partwise.models.low_rank_layers import make_thin
+
+    if not ranks:
+        yield
+        return
+    original: Callable[..., None] = kind.__init__
+
+    def then_thin(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        make_thin(self, ranks)
+
+    kind.__init__ = then_thin
+    try:
+        yield
+    finally:
+        kind.__init__ = original

@@ -64,6 +64,29 @@ class PrunePlan(abc.ABC):
     def from_contents(cls, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> PrunePlan:
         """The plan that `contents` came from."""
 
+    def part_of(self, small: nn.Module) -> Part:
+        """The units of the whole model that ``small`` holds; nothing named where it holds all of every axis.
+
+        Parameters
+        ----------
+        small : torch.nn.Module
+            What the plan makes, also as a mask.
+
+        Raises
+        ------
+        InputError
+            ``plan-for-another-model`` when it is something else.
+        """
+        return Part({})
+
+    def files(self) -> dict[str, bytes]:
+        """Content of ``plan.safetensors`` and ``plan.json`` by name."""
+        from safetensors.torch import save as to_bytes
+
+        kind, tensors, facts = self.contents()
+        head = {"kind": kind, "method": self.method, "num_tokens": self.num_tokens}
+        return {TENSORS: to_bytes({name: tensor.contiguous() for name, tensor in tensors.items()}), FACTS: atomic_files.to_json_bytes(head | facts)}
+
     def save(self, folder: Path) -> None:
         """Write ``plan.safetensors`` and ``plan.json``; the folder appears whole or not at all.
 
@@ -72,12 +95,9 @@ class PrunePlan(abc.ABC):
         folder : Path
             Target; replaced when it is there.
         """
-        from safetensors.torch import save as to_bytes
-
-        kind, tensors, facts = self.contents()
         with atomic_files.write_folder(Path(folder)) as temporary:
-            atomic_files.write_atomic(temporary / TENSORS, to_bytes({name: tensor.contiguous() for name, tensor in tensors.items()}))
-            atomic_files.write_json(temporary / FACTS, {"kind": kind, "method": self.method, "num_tokens": self.num_tokens} | facts)
+            for name, data in self.files().items():
+                atomic_files.write_atomic(temporary / name, data)
 
 
 def load_plan(folder: Path) -> PrunePlan:
@@ -86,8 +106,9 @@ def load_plan(folder: Path) -> PrunePlan:
     Raises
     ------
     InputError
-        ``no-plan`` when there is none, or the file is of another kind.
+        ``no-plan`` when there is none, it is damaged, or the file is of another kind.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(folder)
@@ -97,8 +118,12 @@ def load_plan(folder: Path) -> PrunePlan:
     target = KINDS.get(facts.get("kind", "")) if isinstance(facts, dict) else None
     if target is None:
         raise InputError("no-plan", f"{folder / FACTS} does not say which kind of plan it is, expected one of {', '.join(KINDS)}. Make the plan again.")
+    try:
+        tensors = load_file(folder / TENSORS)
+    except SafetensorError as error:
+        raise InputError("no-plan", f"{folder / TENSORS} cannot be read ({error}), expected what PrunePlan.save wrote. Make the plan again.") from error
     module, _, name = target.partition(":")
-    plan: PrunePlan = getattr(importlib.import_module(module), name).from_contents(load_file(folder / TENSORS), facts)
+    plan: PrunePlan = getattr(importlib.import_module(module), name).from_contents(tensors, facts)
     return plan
 
 
@@ -159,6 +184,22 @@ class UnitPlan(PrunePlan):
         sizes = {axis.name: axis.size for axis in axes}
         spread = {name: spread_factors(factors, self.units[name], sizes[name]) for name, factors in self.factors.items()}
         return mask(scale_readers(model, spread, axes=axes) if spread else model, part, axes=axes)
+
+    def part_of(self, small: nn.Module) -> Part:
+        """The units that the plan keeps, or all where it was applied as a mask."""
+        from partwise.models import coupled_axes
+
+        sizes = {axis.name: axis.size for axis in coupled_axes(small) if axis.name in self.units}
+        if all(sizes.get(name) == len(kept) for name, kept in self.units.items()):
+            return Part(self.units)
+        for name, kept in self.units.items():
+            if sizes.get(name) is None or sizes[name] <= kept[-1] or sizes[name] != len(self.scores.get(name, range(sizes[name]))):
+                raise InputError(
+                    "plan-for-another-model",
+                    f"{name} has {sizes.get(name, 'no')} units in this model, expected the {len(kept)} that the plan keeps. Pass the plan that was applied, or "
+                    "leave it out.",
+                )
+        return Part({})
 
     def ledger(self, model: nn.Module) -> Ledger:
         """One row per unit of the axes that the plan names; a unit costs the entries that go with it."""
