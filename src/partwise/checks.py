@@ -105,3 +105,9 @@ def check_at_least(value: object, minimum: int, *, name: str) -> None:
     """Refuse anything but an integer of at least ``minimum``; numpy integers count, booleans do not."""
     if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < minimum:
         raise InputError("below-minimum", f"{name}={value!r} must be an integer of at least {minimum}. Pass {name}={minimum} or more.")
+
+
+def check_radius(radius: float, *, name: str = "radius") -> None:
+    """Refuse a distance that is negative or NaN; 0 and infinity are fine."""
+    if not radius >= 0:
+        raise InputError("radius-range", f"got {name}={radius}, expected 0 or more. Pass 0 for no room to move at all, or infinity for no limit.")

@@ -11,6 +11,7 @@
 - ``rankings`` - how far one ranking is from another.
 - ``unit_worth`` - what a unit adds to the layer that reads it.
 - ``masked_neurons`` - training one hidden layer by subnetworks: what sampling costs, and how fast theory says it converges.
+- ``subset_sums`` - how near sums of some of a few numbers come to a target, by trying all of them.
 - ``products`` - matrix products whose bits do not depend on the batch.
 
 Importing this package loads none of them; ``rank_one_step`` and ``deflate`` load torch when first used.

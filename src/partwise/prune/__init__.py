@@ -1,6 +1,8 @@
 """prune: smaller dense models, cut out of trained ones and saved so that they load.
 
 - ``ghost`` - states of Mamba2, by what each one contributes to the output; forward passes only - arXiv:2602.11408
+- ``lord`` - two thin layers for one, in the directions in which its outputs lie - arXiv:2309.14021
+- ``edge-popup`` - single weights of an untrained network; a mask, so no speed and no memory - arXiv:1911.13299, arXiv:2210.16589
 - ``magnitude`` - units with large weights stay; a baseline that needs no data - arXiv:1608.08710
 - ``random`` - units drawn by chance; what every other method has to beat
 - ``taylor`` - units whose removal changes the loss most to first order; needs gradients - arXiv:1906.10771
@@ -15,27 +17,42 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from partwise.prune.edge_popup import EdgePopup
     from partwise.prune.ghost import GHOST
+    from partwise.prune.lord import LoRD
+    from partwise.prune.low_rank import LowRankPlan
     from partwise.prune.magnitude import Magnitude
     from partwise.prune.plan import PrunePlan, UnitPlan, apply, load_plan
+    from partwise.prune.projected_sgd import ProjectedSGD
     from partwise.prune.random_units import Random
+    from partwise.prune.saving import save
     from partwise.prune.taylor import Taylor
     from partwise.prune.wanda import WandaStructured
+    from partwise.prune.weight_mask import WeightMaskPlan
 
-__all__ = ["GHOST", "METHODS", "Magnitude", "PrunePlan", "Random", "Taylor", "UnitPlan", "WandaStructured", "apply", "load_plan"]
+__all__ = [
+    "GHOST", "METHODS", "EdgePopup", "LoRD", "LowRankPlan", "Magnitude", "ProjectedSGD", "PrunePlan", "Random", "Taylor", "UnitPlan", "WandaStructured",
+    "WeightMaskPlan", "apply", "load_plan", "save",
+]  # fmt: skip
 
 METHODS = {
     "ghost": "partwise.prune.ghost:GHOST",
+    "lord": "partwise.prune.lord:LoRD",
+    "edge-popup": "partwise.prune.edge_popup:EdgePopup",
     "magnitude": "partwise.prune.magnitude:Magnitude",
     "random": "partwise.prune.random_units:Random",
     "taylor": "partwise.prune.taylor:Taylor",
     "wanda": "partwise.prune.wanda:WandaStructured",
 }
 _OTHERS = {
+    "LowRankPlan": "partwise.prune.low_rank",
+    "ProjectedSGD": "partwise.prune.projected_sgd",
     "PrunePlan": "partwise.prune.plan",
     "UnitPlan": "partwise.prune.plan",
+    "WeightMaskPlan": "partwise.prune.weight_mask",
     "apply": "partwise.prune.plan",
     "load_plan": "partwise.prune.plan",
+    "save": "partwise.prune.saving",
 }
 
 
