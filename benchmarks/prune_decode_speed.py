@@ -123,7 +123,8 @@ def speed(subject: Subject, *, repeats: int = REPEATS, batches: Sequence[int] = 
                     expected=f"at least {SLOWEST:g} times the speed, by medians",
                     held=ratio >= SLOWEST,
                     note=f"{ratio:.2f} times by medians; the fewest bytes that a token moves would allow {limit:.2f} times. "
-                    f"{PROMPT} tokens read, then {num_tokens} written. {parameters(subject.small[name])} of {parameters(subject.whole)} million parameters.{remark}",
+                    f"{PROMPT} tokens read, then {num_tokens} written. {parameters(subject.small[name])} of {parameters(subject.whole)} million "
+                    f"parameters.{remark}",
                 ),
             )
             print(f"{subject.title}, {name}, batch {batch_size}: {ratio:.2f} of {limit:.2f}", flush=True)
