@@ -70,10 +70,12 @@ class GHOST(UnitMethod):
             nonlocal num_tokens
             num_tokens += int(batch.real.sum()) if batch.real is not None else projected.shape[0] * projected.shape[1]
             scan = Scan.of(mixer, projected, batch.real)
+            here = sums.new_zeros(sums.shape, device=projected.device)
             for states, reads, counted in scan.energies():
-                sums[0] += ((states * reads) * counted).sum(0).flatten().double().cpu()
-                sums[1] += (states * counted).sum(0).flatten().double().cpu()
-                sums[2] += (reads * counted).sum(0).flatten().double().cpu()
+                here[0] += ((states * reads) * counted).sum(0).flatten()
+                here[1] += (states * counted).sum(0).flatten()
+                here[2] += (reads * counted).sum(0).flatten()
+            sums.add_(here.cpu())
 
         visit.show(outputs={f"{name}.in_proj": add})
         both, states, reads = sums / num_tokens
@@ -112,7 +114,7 @@ class Scan:
     def of(cls, mixer: Any, projected: Tensor, real: Tensor | None) -> Scan:
         """From the output of the mixer's ``in_proj``, (batch, tokens, gate + channels + heads)."""
         import torch
-        from torch.nn.functional import conv1d, silu, softplus
+        from torch.nn.functional import conv1d, softplus
 
         groups, size, heads = mixer.n_groups, mixer.ssm_state_size, mixer.num_heads
         width = mixer.intermediate_size
@@ -121,7 +123,7 @@ class Scan:
         bias = None if mixer.conv1d.bias is None else mixer.conv1d.bias.float()
         num_tokens = projected.shape[1]
         mixed = conv1d(channels.transpose(1, 2), weight, bias, padding=weight.shape[-1] - 1, groups=weight.shape[0])[..., :num_tokens]
-        mixed = silu(mixed).transpose(1, 2)  # (batch, tokens, channels)
+        mixed = mixer.act(mixed).transpose(1, 2)  # (batch, tokens, channels)
         if real is not None:
             mixed = mixed * real[..., None]
         x, writes, reads = mixed.split([width, groups * size, groups * size], dim=-1)  # type: ignore[no-untyped-call]
