@@ -197,7 +197,7 @@ def test_zero_rows_of_the_projection_remove_a_state_only_where_the_convolution_h
     with torch.no_grad():
         zeroed.backbone.layers[0].mixer.in_proj.weight[2 * 32 + 8 + 3] = 0  # row of C, state 3
     removed = mask(model, Part({LAYER.format(0): tuple(unit for unit in range(8) if unit != 3)}))
-    difference = float((zeroed(ROWS).logits - removed(ROWS).logits).abs().max())
+    difference = (zeroed(ROWS).logits - removed(ROWS).logits).abs().max().item()
     score = float(GHOST(recalibrate=False).plan(zeroed, ROWS).scores[LAYER.format(0)][3])
     if use_conv_bias:
         assert difference > 1e-3

@@ -126,7 +126,7 @@ class Scan:
         mixed = mixer.act(mixed).transpose(1, 2)  # (batch, tokens, channels)
         if real is not None:
             mixed = mixed * real[..., None]
-        x, writes, reads = mixed.split([width, groups * size, groups * size], dim=-1)  # type: ignore[no-untyped-call]
+        x, writes, reads = mixed.split([width, groups * size, groups * size], dim=-1)
         steps = softplus(dt + mixer.dt_bias.float()).clamp(*mixer.time_step_limit)  # (batch, tokens, heads)
         decays = torch.exp(-steps * mixer.A_log.float().exp())
         by_group = (*x.shape[:2], groups, heads // groups)
