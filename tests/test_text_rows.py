@@ -71,6 +71,14 @@ def test_a_row_longer_than_every_file_runs_over_files(tmp_path: Path, tokenizer:
     assert row.count(1) == 2  # the token between two texts
 
 
+def test_files_that_are_left_out_give_no_row(words: Path, tokenizer: Any):
+    first = read_rows(str(words), tokenizer, num_rows=2, num_tokens=12)
+    others = read_rows(str(words), tokenizer, num_rows=2, num_tokens=12, left_out=first.files)
+    assert not set(first.files) & set(others.files)
+    with pytest.raises(InputError, match="expected UTF-8 text"):
+        read_rows(str(words), tokenizer, num_rows=1, num_tokens=12, left_out=[path.name for path in words.iterdir()])
+
+
 def test_of_a_large_file_only_the_middle_is_read(tmp_path: Path, tokenizer: Any):
     lines = ["red " * 50, *["green " * 50] * 40, "blue " * 50]
     (tmp_path / "large.txt").write_text("\n".join(lines))

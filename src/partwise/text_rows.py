@@ -44,7 +44,15 @@ class TextRows:
 
 
 def read_rows(
-    source: str | None, tokenizer: Any, *, num_rows: int, num_tokens: int, seed: int = 0, held_out: Sequence[str] = (), flag: str = "--text"
+    source: str | None,
+    tokenizer: Any,
+    *,
+    num_rows: int,
+    num_tokens: int,
+    seed: int = 0,
+    held_out: Sequence[str] = (),
+    left_out: Sequence[str] = (),
+    flag: str = "--text",
 ) -> TextRows:
     """Rows of consecutive tokens, each from the middle of another file; where there are too few files that long, several from one, or across files.
 
@@ -60,6 +68,8 @@ def read_rows(
         Of the order in which files are taken.
     held_out : sequence of str
         Where there is no source: names of files of the library that the model was not trained on. Only these are read, if they exist.
+    left_out : sequence of str
+        Names of files that are not read, because other rows are from them.
     flag : str, default="--text"
         What messages call the source.
 
@@ -71,6 +81,7 @@ def read_rows(
     import torch
 
     folder, paths = _files(source, held_out, flag=flag)
+    paths = [path for path in paths if name_in(folder, path) not in set(left_out)]
     drawn = sorted(paths, key=lambda path: hashlib.sha256(f"{seed}\n{name_in(folder, path)}".encode()).digest())
     prefix, end = _prefix_of(tokenizer), [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     length = num_tokens - len(prefix)
