@@ -4,9 +4,11 @@
 - ``lord`` - two thin layers for one, in the directions in which its outputs lie - arXiv:2309.14021
 - ``edge-popup`` - single weights of an untrained network; a mask, so no speed and no memory - arXiv:1911.13299, arXiv:2210.16589
 - ``magnitude`` - units with large weights stay; a baseline that needs no data - arXiv:1608.08710
-- ``random`` - units drawn by chance; what every other method has to beat
+- ``random`` - units drawn by chance; what every other method has to beat - arXiv:1801.10447
 - ``taylor`` - units whose removal changes the loss most to first order; needs gradients - arXiv:1906.10771
 - ``wanda`` - weights times the size of their inputs, summed over a unit - arXiv:2306.11695
+
+``safe_score(model, data)`` tells which parts remember, which are computed anew for every token, and whether size is a safe score for them.
 
 ``plan = METHOD.plan(model, data)`` decides what stays, ``apply(model, plan)`` cuts, ``save(model, folder)`` writes what ``partwise.load`` opens.
 """
@@ -25,14 +27,15 @@ if TYPE_CHECKING:
     from partwise.prune.plan import PrunePlan, UnitPlan, apply, load_plan
     from partwise.prune.projected_sgd import ProjectedSGD
     from partwise.prune.random_units import Random
+    from partwise.prune.safe_scores import SafeScore, advise, safe_score
     from partwise.prune.saving import save
     from partwise.prune.taylor import Taylor
     from partwise.prune.wanda import WandaStructured
     from partwise.prune.weight_mask import WeightMaskPlan
 
 __all__ = [
-    "GHOST", "METHODS", "EdgePopup", "LoRD", "LowRankPlan", "Magnitude", "ProjectedSGD", "PrunePlan", "Random", "Taylor", "UnitPlan", "WandaStructured",
-    "WeightMaskPlan", "apply", "load_plan", "save",
+    "GHOST", "METHODS", "EdgePopup", "LoRD", "LowRankPlan", "Magnitude", "ProjectedSGD", "PrunePlan", "Random", "SafeScore", "Taylor", "UnitPlan",
+    "WandaStructured", "WeightMaskPlan", "advise", "apply", "load_plan", "safe_score", "save",
 ]  # fmt: skip
 
 METHODS = {
@@ -48,10 +51,13 @@ _OTHERS = {
     "LowRankPlan": "partwise.prune.low_rank",
     "ProjectedSGD": "partwise.prune.projected_sgd",
     "PrunePlan": "partwise.prune.plan",
+    "SafeScore": "partwise.prune.safe_scores",
     "UnitPlan": "partwise.prune.plan",
     "WeightMaskPlan": "partwise.prune.weight_mask",
+    "advise": "partwise.prune.safe_scores",
     "apply": "partwise.prune.plan",
     "load_plan": "partwise.prune.plan",
+    "safe_score": "partwise.prune.safe_scores",
     "save": "partwise.prune.saving",
 }
 

@@ -103,6 +103,11 @@ class PrunePlan(abc.ABC):
 def load_plan(folder: Path) -> PrunePlan:
     """Open what `PrunePlan.save` wrote.
 
+    Parameters
+    ----------
+    folder : Path
+        With ``plan.json`` and ``plan.safetensors``.
+
     Raises
     ------
     InputError

@@ -26,6 +26,10 @@ class Random(UnitMethod):
     ----------
     seed : int
         Of the draw. A larger budget with the same seed keeps the same units and more.
+
+    References
+    ----------
+    Recovering from Random Pruning: filters drawn by chance, after fine-tuning, beside chosen ones. arXiv:1801.10447.
     """
 
     NEEDS_DATA: ClassVar[bool] = False

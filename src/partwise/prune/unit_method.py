@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from partwise.models.walks import Batch, Hook, Walk
     from partwise.prune.method import Data, Report
 
-__all__ = ["Choice", "Steps", "UnitMethod", "Visit"]
+__all__ = ["Choice", "Steps", "UnitMethod", "Visit", "visits_of"]
 
 KINDS = ("states", "neurons", "filters", "heads")
 LIMITS = ("max_parameters", "max_bytes", "max_state_bytes")
@@ -246,12 +246,12 @@ class UnitMethod(PruneMethod):
         walked = batches if self.WALKS and self.NEEDS_DATA else []
         if counts is None:
             # Closed at once when something fails inside, so that gradients and modes come back.
-            with contextlib.closing(_visits(model, axes, walked, prepared, None, report)) as visits:
+            with contextlib.closing(visits_of(model, axes, walked, prepared, None, report)) as visits:
                 shares = {visit.axis.name: self.shares(self.score(visit)) for visit in visits}
             counts = count_units(self, model, axes, protected, shares)
             check_sizes(model, axes, counts)
         choices: dict[str, Choice] = dict(steps.done) if steps is not None else {}
-        with contextlib.closing(_visits(model, axes, walked, prepared, choices if self.recalibrate else None, report)) as visits:
+        with contextlib.closing(visits_of(model, axes, walked, prepared, choices if self.recalibrate else None, report)) as visits:
             for visit in visits:
                 name = visit.axis.name
                 if name not in choices:
@@ -292,7 +292,7 @@ class Steps:
     note: Callable[[str, Choice], None] = lambda name, choice: None
 
 
-def _visits(
+def visits_of(
     model: nn.Module,
     axes: Sequence[CoupledAxis],
     batches: Sequence[Batch],
