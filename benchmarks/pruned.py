@@ -239,7 +239,7 @@ def layer_inputs(model: Any, batches: Sequence[Batch]) -> Iterator[tuple[Tensor,
     seen: list[tuple[Tensor, dict[str, Any]]] = []
 
     def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        seen.append((args[0], {name: value for name, value in kwargs.items() if name not in ("past_key_values", "use_cache")}))
+        seen.append((args[0], {name: value for name, value in kwargs.items() if name not in ("cache", "use_cache")}))
 
     handle = model.model.layers[0].register_forward_pre_hook(hook, with_kwargs=True)
     try:

@@ -83,7 +83,7 @@ def generate(name: str, bits: int | None, seed: int) -> None:
     set_seed(seed)
     prompt = torch.randint(1, model.config.vocab_size, (1, PROMPT))
     settings = {"max_new_tokens": WRITTEN, "do_sample": True, "attention_mask": torch.ones_like(prompt), "pad_token_id": 0}
-    model.generate(input_ids=prompt, past_key_values=cache, stopping_criteria=StoppingCriteriaList([Note()]), **settings)
+    model.generate(input_ids=prompt, cache=cache, stopping_criteria=StoppingCriteriaList([Note()]), **settings)
     growth = LAST * float(np.polyfit(np.arange(LAST), memory[-LAST:], 1)[0])
     bound = 0 if name == FULL else cache.max_bytes(1)
     noted = {"steps": len(memory), "most": max(held, default=0), "over": sum(size > bound for size in held), "bound": bound, "growth": growth}

@@ -124,7 +124,7 @@ def held(case: Case, make: Callable[[Any], Any]) -> list[list[int]]:
         ids = more if ids is None else torch.cat([ids, more], dim=1)
         mask = real if mask is None else torch.cat([mask, real], dim=1)
         ids = model.generate(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, **{"max_new_tokens": new, "do_sample": False, "num_beams": 1} | case.settings
+            input_ids=ids, attention_mask=mask, cache=cache, **{"max_new_tokens": new, "do_sample": False, "num_beams": 1} | case.settings
         )
         assert isinstance(ids, Tensor)
         mask = torch.cat([mask.repeat_interleave(len(ids) // len(mask), dim=0), torch.ones(len(ids), new, dtype=torch.int64)], dim=1)

@@ -142,7 +142,7 @@ def _decoded(model: Any, rows: Tensor, entry: Entry, cache: BudgetedCache, whole
     first_scored = rows.shape[1] - whole.shape[1]
     blocks = [rows[:, :prefill], *rows[:, prefill:-1].split(1, dim=1)]
     for position, block in enumerate(blocks, start=prefill):
-        found = model(input_ids=block, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float().log_softmax(dim=-1)
+        found = model(input_ids=block, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float().log_softmax(dim=-1)
         if position >= first_scored:
             expected = whole[:, position - first_scored]  # (rows, vocabulary)
             losses.append(-found.gather(1, rows[:, position, None])[:, 0])

@@ -77,7 +77,7 @@ def gains(model: Any, ids: Tensor, cache: BudgetedCache | None, *, num_scored: i
     else:
         blocks = [ids[:, :prefill], *ids[:, prefill:-1].split(1, dim=1)]
         logits = torch.cat(
-            [model(input_ids=block, past_key_values=cache, use_cache=True, logits_to_keep=1).logits for block in blocks][-num_scored:], dim=1
+            [model(input_ids=block, cache=cache, use_cache=True, logits_to_keep=1).logits for block in blocks][-num_scored:], dim=1
         )
     chances = logits.float().log_softmax(dim=-1).gather(2, ids[:, -num_scored:, None])[..., 0].mean(dim=1)  # (2 * seeds * rows,)
     with_line, without = chances.view(2, len(SEEDS), ROWS).mean(dim=2)

@@ -87,7 +87,7 @@ def timed(model: Any, ids: Tensor, makes: Mapping[str, Make], *, context: int, r
 
 def _seconds(model: Any, ids: Tensor, cache: Any) -> float:
     started = time.perf_counter()
-    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1)
     return time.perf_counter() - started
 
 

@@ -71,7 +71,7 @@ def main(num_rounds: int = 24) -> None:
     cache = ScissorhandsCache(model, budget=64, drop=0.25, pinned=8, bits=4)
     with torch.no_grad():
         ids = model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, max_new_tokens=CONTEXT, do_sample=True, temperature=0.6, pad_token_id=0
+            prompt, attention_mask=torch.ones_like(prompt), cache=cache, max_new_tokens=CONTEXT, do_sample=True, temperature=0.6, pad_token_id=0
         )
     console.print(f"written: {bytes(ids[0, 64:].tolist()).decode().split()[:8]} ...", markup=False, highlight=False)
     report, promised = cache.report(), cache.max_bytes()
@@ -80,7 +80,7 @@ def main(num_rounds: int = 24) -> None:
 
     wide = ScissorhandsCache(model, budget=CONTEXT)
     options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 40, "do_sample": False, "pad_token_id": 0}
-    same = torch.equal(model.generate(prompt, past_key_values=wide, **options), model.generate(prompt, past_key_values=DynamicCache(), **options))
+    same = torch.equal(model.generate(prompt, cache=wide, **options), model.generate(prompt, cache=DynamicCache(), **options))
     console.print(f"with room for every token: {'the same text as a full cache' if same else 'ANOTHER TEXT'}")
 
 

@@ -63,7 +63,7 @@ def padded(*lengths: int, seed: int = 0) -> dict[str, Tensor]:
 def continued(model: PreTrainedModel, cache: Any, ids: Tensor, *, new: int = 12, **settings: Any) -> Tensor:
     """Rows with the tokens that the model adds, the likeliest ones unless ``settings`` say otherwise."""
     settings = {"max_new_tokens": new, "do_sample": False, "attention_mask": torch.ones_like(ids)} | settings
-    return model.generate(input_ids=ids, past_key_values=cache, **settings)
+    return model.generate(input_ids=ids, cache=cache, **settings)
 
 
 def plain(model: PreTrainedModel, ids: Tensor, **settings: Any) -> Tensor:
@@ -78,6 +78,6 @@ def stepped(model: PreTrainedModel, cache: Any, ids: Tensor, *, blocks: tuple[in
     for length in [*blocks, *(1 for _ in range(ids.shape[1] - sum(blocks)))]:
         end = start + length
         extra = {} if mask is None else {"attention_mask": mask[:, :end], "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, start:end]}
-        parts.append(model(input_ids=ids[:, start:end], past_key_values=cache, use_cache=True, **extra).logits)
+        parts.append(model(input_ids=ids[:, start:end], cache=cache, use_cache=True, **extra).logits)
         start = end
     return torch.cat(parts, dim=1)

@@ -31,10 +31,9 @@ WRITERS: dict[str, Callable[..., Any]] = {
 def bytes_of_the_cache(model: nn.Module, num_tokens: int) -> list[int]:
     """For each layer, what it holds after so many tokens that came one by one, as in generation."""
     outputs = model(torch.ones(1, 1, dtype=torch.int64), use_cache=True)
-    name = next(name for name in ("cache", "cache_params", "past_key_values") if name in outputs)
     for _ in range(num_tokens - 1):
-        outputs = model(torch.ones(1, 1, dtype=torch.int64), use_cache=True, **{name: outputs[name]})
-    return [sum(tensor.nbytes for tensor in tensors_in(layer)) for layer in outputs[name].layers]
+        outputs = model(torch.ones(1, 1, dtype=torch.int64), use_cache=True, cache=outputs.cache)
+    return [sum(tensor.nbytes for tensor in tensors_in(layer)) for layer in outputs.cache.layers]
 
 
 def tensors_in(layer: object) -> list[Tensor]:

@@ -90,7 +90,7 @@ def test_attributes_and_configuration_are_those_of_a_model_built_at_its_size():
 def test_half_of_the_states_halve_the_recurrent_state_of_a_sequence():
     model = tiny_mamba2()
     small = extract(model, Part({f"backbone.layers.{layer}.mixer.state": (0, 2, 4, 6) for layer in range(2)}))
-    full, half = (either(IDS, use_cache=True).cache_params for either in (model, small))
+    full, half = (either(IDS, use_cache=True).cache for either in (model, small))
     assert half.get_recurrent_state(0, state_idx=0).numel() * 2 == full.get_recurrent_state(0, state_idx=0).numel()
 
 

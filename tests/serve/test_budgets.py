@@ -41,7 +41,7 @@ def test_budgets_add_up_to_the_average_and_a_cache_takes_them():
     assert sum(found.budgets) == 45
     assert min(found.budgets) >= 4
     cache = ScissorhandsCache(model, budget=found.budgets, recent=2, drop=1)
-    model(tokens(), past_key_values=cache)
+    model(tokens(), cache=cache)
     assert [layer.slots for layer in cache.report().layers] == list(found.budgets)
 
 

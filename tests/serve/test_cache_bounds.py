@@ -111,7 +111,7 @@ def test_a_cache_takes_no_more_memory_after_ten_budgets_than_after_two(rule):
     sizes = []
     with torch.no_grad():
         for step in range(640):
-            model(input_ids=words(1, 1, seed=step), past_key_values=cache)
+            model(input_ids=words(1, 1, seed=step), cache=cache)
             sizes.append(storages(*cache.layers))
     assert max(sizes[128:]) <= max(sizes[:128]) <= cache.max_bytes()
     assert cache.report().bytes_full == 640 * 2 * 2 * 2 * 32 * 4
@@ -121,7 +121,7 @@ def test_a_token_that_left_is_gone_from_memory_and_not_only_masked():
     model = shared_decoder("llama")
     cache = ScissorhandsCache(model, budget=16, recent=3, drop=4)
     with torch.no_grad():
-        model(input_ids=words(1, 400), past_key_values=cache)
+        model(input_ids=words(1, 400), cache=cache)
     for layer in cache.budgeted:
         assert layer.store.keys.values.untyped_storage().nbytes() == 17 * 2 * 32 * 4
         assert layer.store.values.values.untyped_storage().nbytes() == 17 * 2 * 32 * 4
@@ -132,7 +132,7 @@ def test_layers_with_a_window_of_their_own_do_not_hold_the_whole_prompt():
     model = shared_decoder("gemma3")
     cache = ScissorhandsCache(model, budget=16, recent=3, drop=4)
     with torch.no_grad():
-        model(input_ids=words(1, 400), past_key_values=cache)
+        model(input_ids=words(1, 400), cache=cache)
     assert cache.layers[0].keys.untyped_storage().nbytes() == 7 * 2 * 32 * 4
     assert storages(*cache.layers) <= cache.max_bytes()
     assert [layer.budget for layer in cache.report().layers] == [None, 16, None, 16]
@@ -189,7 +189,7 @@ def test_the_mass_that_is_kept_is_that_of_the_last_query_before_an_eviction():
         full = model(input_ids=ids, output_attentions=True).attentions
     cache = ScissorhandsCache(model, budget=16, recent=3, drop=4)
     with torch.no_grad():
-        model(input_ids=ids, past_key_values=cache)
+        model(input_ids=ids, cache=cache)
     kept = cache.kept_positions(0)[0].repeat_interleave(2, dim=0)  # (heads, slots)
     expected = full[0][0, :, -1].gather(1, kept).sum(dim=1).mean()
     assert cache.report().layers[0].mass_kept == pytest.approx(float(expected), rel=1e-5)
@@ -251,5 +251,5 @@ def test_moving_a_cache_away_and_back_changes_nothing():
             for layer in moved.layers:
                 layer.offload()
                 layer.prefetch()
-            both = [model(input_ids=ids[:, start:end], past_key_values=cache).logits for cache in (still, moved)]
+            both = [model(input_ids=ids[:, start:end], cache=cache).logits for cache in (still, moved)]
             assert torch.equal(*both)

@@ -194,8 +194,8 @@ def test_a_model_with_attention_of_its_own_is_refused():
 class PassesBy(transformers.LlamaForCausalLM):
     """Forgets the cache on the way."""
 
-    def forward(self, past_key_values=None, **kwargs):
-        return super().forward(past_key_values=DynamicCache(config=self.config), **kwargs)
+    def forward(self, cache=None, **kwargs):
+        return super().forward(cache=DynamicCache(config=self.config), **kwargs)
 
 
 class Fails(transformers.LlamaForCausalLM):
@@ -254,7 +254,7 @@ def test_another_batch_size_is_refused_and_the_cache_stays_whole(family):
     first = continued(model, cache, ids)
     continued(model, other, ids)
     with pytest.raises(InputError, match=r"got a batch of 1 rows for a cache that holds 2, expected as many\. Call cache\.reset\(\)"):
-        model(input_ids=ids[:1], past_key_values=cache)
+        model(input_ids=ids[:1], cache=cache)
     more = torch.cat([first, words(2, 3, seed=4)], dim=1)
     assert torch.equal(continued(model, cache, more), continued(model, other, more))
 
@@ -268,10 +268,10 @@ def test_another_model_is_refused_within_its_first_call(same_name):
         with pytest.raises(
             InputError, match=r"got LlamaAttention of another model, expected the one that the cache was made for\. Make another cache"
         ):
-            other(input_ids=words(1, 5), past_key_values=cache)
+            other(input_ids=words(1, 5), cache=cache)
     else:
         with pytest.raises(RunError, match=r"the attention of the last call did not come back to the cache"):
-            other(input_ids=words(1, 5), past_key_values=cache)
+            other(input_ids=words(1, 5), cache=cache)
     cache.reset()
     assert continued(model, cache, words(1, 5)).shape == (1, 17)
 
@@ -281,7 +281,7 @@ def test_attention_that_was_set_afterwards_is_refused_within_the_first_call():
     cache = ScissorhandsCache(model, **SMALL)
     model.set_attn_implementation("eager")
     with pytest.raises(RunError, match=r"the implementation is 'eager', expected one that begins with 'partwise_'\. Make the cache after"):
-        model(input_ids=words(1, 5), past_key_values=cache)
+        model(input_ids=words(1, 5), cache=cache)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 33), (1, 1, 1, 13), (1, 1, 1, 10), (1, 1, 1, 1)])
@@ -291,15 +291,15 @@ def test_a_mask_of_the_user_s_own_is_refused_once_tokens_have_left(shape):
     continued(model, cache, words(1, 21))
     assert cache.seen == 32
     with pytest.raises(InputError, match=r"got a mask of \d+ columns for \d+ cached tokens, expected none of your own once tokens have left"):
-        model(input_ids=words(1, 1), attention_mask=torch.ones(shape, dtype=torch.bool), past_key_values=cache)
+        model(input_ids=words(1, 1), attention_mask=torch.ones(shape, dtype=torch.bool), cache=cache)
 
 
 def test_a_mask_of_the_user_s_own_counts_before_that():
     model, ids = shared_decoder("llama"), words(1, 10)
     mask = torch.ones(10, 10, dtype=torch.bool).tril()
     mask[5:, :5] = False
-    full = model(input_ids=ids, attention_mask=mask[None, None], past_key_values=DynamicCache(config=model.config)).logits
-    assert torch.equal(model(input_ids=ids, attention_mask=mask[None, None], past_key_values=ScissorhandsCache(model, **SMALL)).logits, full)
+    full = model(input_ids=ids, attention_mask=mask[None, None], cache=DynamicCache(config=model.config)).logits
+    assert torch.equal(model(input_ids=ids, attention_mask=mask[None, None], cache=ScissorhandsCache(model, **SMALL)).logits, full)
 
 
 def interrupted(model, cache, *, module, ids):
@@ -311,7 +311,7 @@ def interrupted(model, cache, *, module, ids):
     handle = module.register_forward_pre_hook(stop)
     try:
         with pytest.raises(KeyboardInterrupt), torch.no_grad():
-            model(input_ids=ids, past_key_values=cache)
+            model(input_ids=ids, cache=cache)
     finally:
         handle.remove()
 
@@ -326,7 +326,7 @@ def test_a_cache_whose_call_was_interrupted_says_so_until_it_is_reset(family):
         continued(model, cache, ids, new=4)
         interrupted(model, cache, module=getattr(model.model.layers[layer], part), ids=words(1, 2))
         with pytest.raises(RunError, match=r"got a cache whose layers saw 23 to 25 tokens, expected as many\. Call cache\.reset\(\) and start anew"):
-            model(input_ids=words(1, 1), past_key_values=cache)
+            model(input_ids=words(1, 1), cache=cache)
         cache.reset()
         assert torch.equal(continued(model, cache, ids), expected)
 
@@ -339,17 +339,17 @@ def test_attention_that_fails_breaks_the_cache_until_it_is_reset(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(attention_module.sys.modules[type(model).__module__], "eager_attention_forward", None)
         with pytest.raises((TypeError, InputError)):
-            model(input_ids=ids, past_key_values=cache)
+            model(input_ids=ids, cache=cache)
     with pytest.raises(RunError, match=r"Call cache\.reset\(\)|attention of the last call did not come back"):
-        model(input_ids=ids, past_key_values=cache)
+        model(input_ids=ids, cache=cache)
     cache.reset()
     assert torch.equal(continued(model, cache, ids), expected)
 
 
 def test_a_backward_pass_is_refused():
     model = decoder("llama")
-    loss = model(input_ids=words(1, 5), past_key_values=ScissorhandsCache(model, **SMALL)).logits.sum()
-    with pytest.raises(InputError, match=r"got a backward pass through a cache with a budget, expected none: .* Train without past_key_values"):
+    loss = model(input_ids=words(1, 5), cache=ScissorhandsCache(model, **SMALL)).logits.sum()
+    with pytest.raises(InputError, match=r"got a backward pass through a cache with a budget, expected none: .* Train without cache="):
         loss.backward()
 
 
@@ -408,7 +408,7 @@ def test_a_cache_made_inside_of_attached_survives_a_padded_batch_after_a_failure
     with attached(model):
         cache = ScissorhandsCache(model, **SMALL)
         with pytest.raises(IndexError):
-            model(input_ids=torch.full((1, 3), 10**6), past_key_values=cache)
+            model(input_ids=torch.full((1, 3), 10**6), cache=cache)
         assert continued(model, cache, short["input_ids"], attention_mask=short["attention_mask"]).shape == (2, 21)
 
 
@@ -428,7 +428,7 @@ def test_a_cache_after_another_one_was_detached_is_told_how_to_come_back():
     with attached(model, second):
         model(words(1, 3))
     with pytest.raises(RunError, match=r"the implementation is 'sdpa', .* within `with attached\(model, cache\):`"):
-        model(words(1, 3), past_key_values=first)
+        model(words(1, 3), cache=first)
     first.reset()
     with attached(model, first):
         model(words(1, 3))
@@ -448,18 +448,18 @@ def test_attention_that_changes_the_keys_on_their_way_is_not_told_its_own_name()
         ScissorhandsCache(model, budget=40)
 
 
-def _other_keys(self, hidden_states, past_key_values, **kwargs):
+def _other_keys(self, hidden_states, cache, **kwargs):
     keys = self.k_proj(hidden_states).view(1, 1, -1, self.head_dim).transpose(1, 2)
-    past_key_values.update(keys, keys, self.layer_idx)
+    cache.update(keys, keys, self.layer_idx)
     return hidden_states, None
 
 
 def test_a_text_longer_than_the_model_was_made_for_is_announced_once(caplog):
     model = decoder("llama", max_position_embeddings=20)
     cache = ScissorhandsCache(model, budget=16, recent=2, drop=1)
-    model(torch.ones(1, 18, dtype=torch.int64), past_key_values=cache)
+    model(torch.ones(1, 18, dtype=torch.int64), cache=cache)
     assert not caplog.records
     for _ in range(6):
-        model(torch.ones(1, 1, dtype=torch.int64), past_key_values=cache)
+        model(torch.ones(1, 1, dtype=torch.int64), cache=cache)
     [record] = caplog.records
     assert record.getMessage().startswith("The text passes 20 tokens, the longest this model was made for.")

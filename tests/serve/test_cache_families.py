@@ -106,7 +106,7 @@ def test_a_copy_of_a_cache_is_a_prompt_that_many_questions_share(family, bits):
     model, prompt = shared_decoder(family), words(1, 12)
     cache = ScissorhandsCache(model, budget=40, recent=4, drop=6, bits=bits)
     with torch.no_grad():
-        model(input_ids=prompt, past_key_values=cache)
+        model(input_ids=prompt, cache=cache)
     answers = {}
     for seed in (1, 2, 1):
         ids = torch.cat([prompt, words(1, 5, seed=seed)], dim=1)
@@ -202,11 +202,20 @@ def test_a_cache_with_a_budget_that_is_passed_inside_of_attached_is_used():
     model, ids = decoder("llama"), words(1, 9)
     mine, other = large(model), large(model)
     with attached(model, other):
-        model(input_ids=ids, past_key_values=mine)
-        model.generate(input_ids=torch.cat([ids, ids[:, :3]], dim=1), past_key_values=mine, max_new_tokens=1)
+        model(input_ids=ids, cache=mine)
+        model.generate(input_ids=torch.cat([ids, ids[:, :3]], dim=1), cache=mine, max_new_tokens=1)
         persistence_ratio(model, ids)
-        model(input_ids=ids[:, :4], past_key_values=DynamicCache(config=model.config))
+        model(input_ids=ids[:, :4], cache=DynamicCache(config=model.config))
     assert (mine.seen, other.seen) == (12, 4)
+
+
+def test_the_former_word_of_transformers_still_leads_to_the_cache_with_its_warning():
+    model, ids = decoder("llama"), words(1, 9)
+    cache = large(model)
+    with pytest.warns(FutureWarning, match=r"`past_key_values` is deprecated .* Use `cache` instead"):
+        found = model.generate(input_ids=ids, past_key_values=cache, max_new_tokens=4)
+    assert cache.seen == 12
+    assert torch.equal(found, model.generate(input_ids=ids, cache=large(model), max_new_tokens=4))
 
 
 def test_nothing_is_left_of_an_attached_cache_when_its_block_fails():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor
@@ -40,6 +42,12 @@ def tight(model, rule, **settings):
     return BudgetedCache(model, rule, **({"budget": 12} | settings))
 
 
+@functools.cache
+def exact_decoder():
+    """In float64: the first layer's keys of a word that comes twice are equally long but for rounding, which padding changes."""
+    return decoder("llama", dtype=torch.float64)
+
+
 class MaskedTwin:
     """A full cache in which each head of each layer sees only what a cache with a budget still held. One row, no padding."""
 
@@ -68,7 +76,7 @@ class MaskedTwin:
         """Logits of new tokens, when so many old ones were still there."""
         self.visible = kept
         self.seen += ids.shape[1]
-        return self.model(input_ids=ids, past_key_values=self.cache, use_cache=True).logits
+        return self.model(input_ids=ids, cache=self.cache, use_cache=True).logits
 
 
 @torch.no_grad()
@@ -79,7 +87,7 @@ def differ(model: PreTrainedModel, twin: PreTrainedModel, cache: BudgetedCache, 
     kept = {index: [set()] * 99 for index in layers}
     for length in blocks:
         block = ids[:, start : start + length]
-        ours = model(input_ids=block, past_key_values=cache, use_cache=True).logits
+        ours = model(input_ids=block, cache=cache, use_cache=True).logits
         worst = max(worst, float((ours - masked.logits(block, kept)).abs().max()))
         kept = {index: [set(head) - {-1} for head in cache.kept_positions(index)[0].tolist()] for index in layers}
         start += length
@@ -106,7 +114,7 @@ def test_evicting_is_masking_in_every_family(family, kernel):
 
 @rules
 def test_a_row_of_a_padded_batch_writes_what_it_writes_alone(rule):
-    model, short = shared_decoder("llama"), padded(25, 7, 13, 18)
+    model, short = exact_decoder(), padded(25, 7, 13, 18)
     together = continued(model, tight(model, rule), short["input_ids"], attention_mask=short["attention_mask"], new=30)
     for row, length in enumerate((25, 7, 13, 18)):
         alone = continued(model, tight(model, rule), short["input_ids"][row : row + 1, 25 - length :], new=30)
@@ -124,7 +132,7 @@ def test_padding_changes_nothing_in_any_family(family, kernel):
 
 @rules
 def test_padding_in_the_middle_of_a_conversation_changes_nothing(rule):
-    model, first, second = shared_decoder("llama"), padded(14, 5), padded(3, 16, seed=1)
+    model, first, second = exact_decoder(), padded(14, 5), padded(3, 16, seed=1)
     cache = tight(model, rule)
     ids = continued(model, cache, first["input_ids"], attention_mask=first["attention_mask"], new=4)
     mask = torch.cat([first["attention_mask"], torch.ones(2, 4, dtype=torch.int64), second["attention_mask"]], dim=1)
@@ -183,7 +191,7 @@ def test_a_cache_can_be_used_in_inference_mode_and_out_of_it():
         cache, parts = tight(model, RULES[0]), []
         for number, (start, end) in enumerate([(0, 20), *((at, at + 1) for at in range(20, 40))]):
             with modes[0 if number < 8 or number % 2 else 1]():
-                parts.append(model(input_ids=ids[:, start:end], past_key_values=cache, use_cache=True).logits.detach().clone())
+                parts.append(model(input_ids=ids[:, start:end], cache=cache, use_cache=True).logits.detach().clone())
         assert torch.equal(torch.cat(parts, dim=1), expected)
 
 
@@ -193,7 +201,7 @@ def test_training_mode_and_gradients_change_nothing_without_dropout():
     cache, parts = tight(model.train(), RULES[0]), []
     assert model.training
     for start, end in [(0, 20), *((at, at + 1) for at in range(20, 30))]:
-        parts.append(model(input_ids=ids[:, start:end], past_key_values=cache, use_cache=True).logits)
+        parts.append(model(input_ids=ids[:, start:end], cache=cache, use_cache=True).logits)
     assert torch.equal(torch.cat(parts, dim=1), expected)
 
 

@@ -35,9 +35,9 @@ def attention_of(model: Any) -> str:
 def logits_one_by_one(model: Any, ids: torch.Tensor, cache: Any, *, num_prefill: int) -> torch.Tensor:
     """Predictions of tokens num_prefill + 1 and on, (rows, steps, vocabulary), as a student would get them."""
     with torch.no_grad():
-        model(ids[:, :num_prefill], past_key_values=cache)
+        model(ids[:, :num_prefill], cache=cache)
         positions = range(num_prefill, ids.shape[1] - 1)
-        return torch.cat([model(ids[:, position : position + 1], past_key_values=cache).logits for position in positions], dim=1)
+        return torch.cat([model(ids[:, position : position + 1], cache=cache).logits for position in positions], dim=1)
 
 
 def test_a_cache_that_is_never_full_predicts_what_the_full_cache_predicts_to_the_bit(model: Any):

@@ -44,7 +44,7 @@ def byte_tokenizer() -> Any:
 def full_text(model: Any, tokenizer: Any, num_tokens: int, **options: Any) -> str:
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     written = model.generate(
-        ids, attention_mask=torch.ones_like(ids), past_key_values=DynamicCache(), max_new_tokens=num_tokens, pad_token_id=1, **options
+        ids, attention_mask=torch.ones_like(ids), cache=DynamicCache(), max_new_tokens=num_tokens, pad_token_id=1, **options
     )
     return tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True)
 

@@ -153,7 +153,7 @@ def test_the_bytes_known_beforehand_are_never_exceeded_even_inside_a_call(bits: 
     cache = maker.new()
     seen = widest_use(cache, monkeypatch)
     ids = torch.randint(256, (1, 120), generator=torch.Generator().manual_seed(0))
-    model.generate(ids, past_key_values=cache, max_new_tokens=60, do_sample=False)
+    model.generate(ids, cache=cache, max_new_tokens=60, do_sample=False)
     bound = maker.bound(cache, num_prompt=120, num_new=60)
     assert 0 < max([*seen, cache.nbytes]) <= bound
     assert bound < 6 * max(seen)  # and the bound is not an empty promise

@@ -334,7 +334,7 @@ def test_a_model_answers_nearly_the_same_from_packed_keys_and_values(bits: int, 
     cache = ScissorhandsCache(model, budget=100, bits=bits, residual=4)
     with torch.no_grad():
         full = model(ids).logits
-        packed = torch.cat([model(ids[:, start : start + 4], past_key_values=cache).logits for start in range(0, 60, 4)], 1)
+        packed = torch.cat([model(ids[:, start : start + 4], cache=cache).logits for start in range(0, 60, 4)], 1)
     errors = (packed - full).norm(dim=-1) / full.norm(dim=-1)  # (batch, tokens)
     assert float(errors[:, :4].max()) < 1e-5
     assert 0 < float(errors.mean()) < most

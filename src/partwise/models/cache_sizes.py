@@ -65,8 +65,7 @@ def cache_sizes(model: Any) -> tuple[CacheSize, ...]:
     finally:
         for module, training in modes:
             module.training = training
-    cache = next(outputs[name] for name in ("cache", "cache_params", "past_key_values") if name in outputs)
-    return tuple(_size_of(layer) for layer in cache.layers)
+    return tuple(_size_of(layer) for layer in outputs["cache"].layers)
 
 
 def total_cache_bytes(sizes: tuple[CacheSize, ...], *, num_tokens: int) -> int:

@@ -10,7 +10,7 @@
 - ``random-tokens`` - keep a random sample; a baseline - Vitter 1985
 - ``domain-router`` - choose among models by the hidden states of a prompt - arXiv:2504.16871
 
-``model.generate(**inputs, past_key_values=ScissorhandsCache(model, budget=256))`` is all there is to it; `attached` is for code that makes its own cache;
+``model.generate(**inputs, cache=ScissorhandsCache(model, budget=256))`` is all there is to it; `attached` is for code that makes its own cache;
 `calibrate_budgets`, and `persistence_ratio` with `allocate_budgets`, measure how much of a budget each layer needs.
 
 A cache is made of layers. ``_layer`` is what happens in a call of the model, on top of ``_held_tokens``, which is what a layer holds and how transformers

@@ -38,20 +38,20 @@ def attached(model: Any, cache: BudgetedCache | None = None) -> Iterator[Any]:
     if not (cache is None or isinstance(cache, BudgetedCache)):
         raise InputError(
             "bad-cache-setting",
-            f"got {type(cache).__name__}, expected a cache of this room, such as ScissorhandsCache(model, budget=256). Pass any other one as past_key_values.",
+            f"got {type(cache).__name__}, expected a cache of this room, such as ScissorhandsCache(model, budget=256). Pass any other one as cache=.",
         )
     outer, had_own = _active.get(model, 0), "generate" in vars(model)
     generate = model.generate
 
     def chosen(kwargs: dict[str, Any]) -> Any:
-        passed = kwargs.get("past_key_values")
+        passed = kwargs.get("cache")
         return passed if isinstance(passed, BudgetedCache) else cache
 
     def forward_with_cache(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return args, kwargs | {"past_key_values": chosen(kwargs), "use_cache": True}
+        return args, kwargs | {"cache": chosen(kwargs), "use_cache": True}
 
     def generate_with_cache(*args: Any, **kwargs: Any) -> Any:
-        return generate(*args, **kwargs | {"past_key_values": chosen(kwargs)})
+        return generate(*args, **kwargs | {"cache": chosen(kwargs)})
 
     handle = None
     _active[model] = outer + 1

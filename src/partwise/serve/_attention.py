@@ -118,7 +118,7 @@ def probe(model: Any, cache: Cache, *, kv_heads: int, dim: int) -> None:
     token = torch.zeros(1, 1, dtype=torch.int64, device=embedding.weight.device)
     with evaluating(model):
         try:
-            model(input_ids=token, past_key_values=cache, use_cache=True)
+            model(input_ids=token, cache=cache, use_cache=True)
         except InputError:
             raise
         except RunError as error:

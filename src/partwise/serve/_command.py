@@ -36,7 +36,7 @@ Without --model: the newest finished run of `partwise train` under runs/.
   partwise serve compare --budgets 32,64 --methods scissorhands,h2o,streaming-llm --tokens 1024
   partwise serve http --model my/llama                               http://127.0.0.1, for any client of the OpenAI API
 
-In Python: model.generate(..., past_key_values=ScissorhandsCache(model, budget=256)), from partwise.serve.
+In Python: model.generate(..., cache=ScissorhandsCache(model, budget=256)), from partwise.serve.
 
 All flags, with their defaults: partwise serve COMMAND --help; those of a method: partwise serve generate --method METHOD --help
 """

@@ -262,7 +262,7 @@ class BoundedGenerateManager(GenerateManager):
             sequences: Tensor = model.generate(
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
-                past_key_values=cache,
+                cache=cache,
                 generation_config=config,
                 streamer=streamer,
                 stopping_criteria=StoppingCriteriaList([Halt(lease, streamer.stop)]),

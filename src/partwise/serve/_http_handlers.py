@@ -88,7 +88,7 @@ class OneModel(ModelManager):
         """The model, whatever was asked for."""
         return self.face, self.tokenizer
 
-    def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
+    def list_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
         """The one entry of /v1/models."""
         return [{"id": self.name, "object": "model", "created": 0, "owned_by": "partwise"}]
 

@@ -25,5 +25,5 @@ class NoWayBack(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise InputError(
             "cache-no-gradient",
-            "got a backward pass through a cache with a budget, expected none: tokens that left it have no gradient. Train without past_key_values.",
+            "got a backward pass through a cache with a budget, expected none: tokens that left it have no gradient. Train without cache=.",
         )

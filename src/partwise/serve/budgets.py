@@ -112,9 +112,9 @@ def calibrate_budgets(
 
 def _predictions(model: Any, input_ids: Tensor, cache: BudgetedCache, *, start: int, block: int) -> Tensor:
     """Log-probabilities of the next token after the first ``start`` tokens, (rows, tokens - start, vocabulary), read in blocks."""
-    model(input_ids=input_ids[:, :start], past_key_values=cache, use_cache=True)
+    model(input_ids=input_ids[:, :start], cache=cache, use_cache=True)
     parts = [
-        model(input_ids=piece, past_key_values=cache, use_cache=True).logits.to(torch.float32).log_softmax(dim=-1)
+        model(input_ids=piece, cache=cache, use_cache=True).logits.to(torch.float32).log_softmax(dim=-1)
         for piece in torch.split(input_ids[:, start:], block, dim=1)
     ]
     return torch.cat(parts, dim=1)

@@ -1,4 +1,4 @@
-"""A key-value cache that keeps to a budget: for ``model.generate(past_key_values=...)``, with any rule of this room."""
+"""A key-value cache that keeps to a budget: for ``model.generate(cache=...)``, with any rule of this room."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 class BudgetedCache(Cache):
     """A cache that holds at most ``budget`` tokens per layer, row and key head, however long the text gets.
 
-    Pass it as ``past_key_values`` to ``model.generate`` or to the model. One cache may serve several calls one after the other, as turns of a
+    Pass it as ``cache`` to ``model.generate`` or to the model. One cache may serve several calls one after the other, as turns of a
     conversation; `reset` empties it. Keys stay as they were rotated, so distances between tokens stay true.
 
     Parameters

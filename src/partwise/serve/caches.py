@@ -75,7 +75,7 @@ class ScissorhandsCache(RuleCache):
 
     See `RuleCache` for its arguments; ``settings`` are the fields of `Scissorhands`.
 
-    Pass it to ``model.generate(**inputs, past_key_values=ScissorhandsCache(model, budget=256))``.
+    Pass it to ``model.generate(**inputs, cache=ScissorhandsCache(model, budget=256))``.
 
     References
     ----------

@@ -232,7 +232,7 @@ def _timed(model: Any, ids: Tensor, cache: Any) -> tuple[Tensor, float]:
     """Logits of the last token, (rows, vocabulary), and the seconds of the call."""
     _wait_for(model)
     start = time.perf_counter()
-    logits: Tensor = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    logits: Tensor = model(ids, cache=cache, use_cache=True, logits_to_keep=1).logits
     _wait_for(model)
     return logits[:, -1].float(), time.perf_counter() - start
 

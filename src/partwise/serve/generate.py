@@ -260,7 +260,7 @@ def generate_text(
                 model.generate(
                     ids,
                     attention_mask=torch.ones_like(ids),
-                    past_key_values=cache,
+                    cache=cache,
                     streamer=listener,
                     pad_token_id=pad_token_of(model, tokenizer),
                     **sampling.options(),

@@ -117,7 +117,7 @@ def persistence_ratio(model: Any, input_ids: Tensor, *, split: float = 0.5) -> P
     group = config.num_attention_heads // kv_heads(config)
     cache = BudgetedCache(model, _PivotalTokens(group=group, place=place), budget=tokens + 2)
     with evaluating(model):
-        model(input_ids=input_ids, past_key_values=cache, use_cache=True)
+        model(input_ids=input_ids, cache=cache, use_cache=True)
     ratios, shares = [], []
     for layer in cache.budgeted:
         record = layer.record.values[:, :, :place]  # (rows, kv_heads, early tokens, 2 * group)

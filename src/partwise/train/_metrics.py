@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["accuracy", "decode_speed", "decode_speeds", "mean_loss", "throughput", "throughputs"]
 
-CACHES = ("past_key_values", "cache_params")  # of attention; of state-space models
 IGNORED = -100
 """Label that is not scored."""
 
@@ -174,7 +173,7 @@ def _decode(model: Any, batch_size: int, prompt_length: int, num_tokens: int) ->
         start = time.perf_counter()
         for _ in range(num_tokens):
             ids = output.logits[:, -1:].argmax(dim=-1)  # (batch, 1)
-            output = model(input_ids=ids, use_cache=True, **{name: output[name] for name in CACHES if output.get(name) is not None})
+            output = model(input_ids=ids, use_cache=True, cache=output.cache)
         _wait_for(model)
         return time.perf_counter() - start
 
