@@ -1,4 +1,5 @@
-# Every target creates .venv with everything in it when it is missing or older than pyproject.toml. Nothing else is needed but Python >= 3.11.
+# Every target creates .venv with everything in it when it is missing or older than pyproject.toml or
+# constraints.txt, which names the versions of all libraries but torch. Nothing else is needed but Python >= 3.11.
 # Another interpreter: make test PYTHON=/path/to/python3
 # The first of these that runs and is new enough.
 ifndef PYTHON
@@ -14,7 +15,7 @@ DEMO := runs/demo
 # Test processes, each with one thread: two of them are faster than one with two threads.
 WORKERS ?= 2
 
-.PHONY: demo test test-fast lint docs bench install clean help
+.PHONY: demo test test-fast lint docs bench install constraints clean help
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -43,15 +44,21 @@ bench: $(STAMP)  ## every benchmark program in turn, then the generated pages; h
 
 install: $(STAMP)  ## only .venv
 
-$(STAMP): pyproject.toml
+constraints: $(STAMP)  ## the newest libraries that pyproject.toml allows, and their versions into constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager "$(TORCH)" --editable ".[all,dev]"
+	$(BIN)/python -c 'import importlib.metadata, pathlib, re; path = pathlib.Path("constraints.txt"); \
+	  path.write_text(re.sub(r"(?m)^([\w-]+)==.*", lambda line: f"{line[1]}=={importlib.metadata.version(line[1])}", path.read_text()))'
+	@touch $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "error: partwise needs Python 3.11 or later, and $(PYTHON) says: $$("$(PYTHON)" --version 2>&1 || true)" >&2; \
 	  echo "Install Python 3.11, or name another interpreter: make $(or $(MAKECMDGOALS),test) PYTHON=/path/to/python3" >&2; exit 1; }
 	@[ -x $(BIN)/python ] || "$(PYTHON)" -m venv $(VENV) || { \
 	  rm -rf $(VENV); echo "error: '$(PYTHON) -m venv' failed. On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@echo "Setting up $(VENV): torch, then partwise with its extras. This takes a few minutes, once."
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[all,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[all,dev]"
 	@touch $@
 
 clean:  ## remove .venv, caches and the demo run

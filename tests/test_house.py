@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tolerances import assert_close
 
@@ -70,6 +72,15 @@ def test_the_torch_that_make_installs_is_one_that_the_package_accepts():
     assert bound.startswith(f"torch>={version[1].rpartition('.')[0]}")
 
 
+def test_the_versions_that_make_installs_are_those_of_every_dependency_but_torch_and_within_its_bounds():
+    pins = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE))
+    pinned = {canonicalize_name(name): version for name, version in pins.items()}
+    bounds = [Requirement(line) for line in sum(PROJECT["optional-dependencies"].values(), PROJECT["dependencies"])]
+    for bound in bounds:
+        if bound.name not in {"torch", "partwise"}:
+            assert bound.specifier.contains(pinned[canonicalize_name(bound.name)]), f"{bound} and {pinned[canonicalize_name(bound.name)]}"
+
+
 def test_every_make_target_that_a_page_names_exists():
     targets = set(re.findall(r"^([a-z-]+):", MAKEFILE, flags=re.MULTILINE))
     for page in [ROOT / "README.md", *ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
@@ -86,7 +97,8 @@ def test_the_check_script_calls_the_test_command_of_the_readme_first():
 
 def test_make_says_which_python_it_needs_when_it_finds_none(tmp_path: Path):
     (tmp_path / "Makefile").write_text(MAKEFILE)
-    (tmp_path / "pyproject.toml").write_text("")
+    for name in ("pyproject.toml", "constraints.txt"):
+        (tmp_path / name).write_text("")
     result = subprocess.run(["make", "test", "PYTHON=/no/such/python"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode != 0
     assert "partwise needs Python 3.11 or later" in result.stderr
