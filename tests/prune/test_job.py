@@ -16,6 +16,7 @@ from partwise.checks import InputError
 from partwise.opened_models import open_model
 from partwise.prune import METHODS, apply, load_plan
 from partwise.prune._measuring import costs_of, decode_speeds, perplexity
+from partwise.prune._result import notes_about
 from partwise.prune._sweep import command_names
 from partwise.prune._texts import TextSettings, read_texts
 from partwise.runs import RunFolder
@@ -262,3 +263,15 @@ def test_speed_is_measured_with_the_cache_of_each_family(make: Any, monkeypatch:
     assert len(speeds) == 2
     assert all(speed > 0 for speed in speeds)
     assert set(lengths) == {16, 1}
+
+
+def test_notes_say_that_states_are_memory_and_warn_where_neurons_go_or_perplexity_explodes(mamba2: Path, llama: Path, words: Path, tmp_path: Path):
+    [note] = run_small("ghost", tmp_path / "a", model=mamba2, calibration=words)["notes"]
+    assert note.startswith("States are a small part of the weights.")
+    notes = run_small("wanda", tmp_path / "b", model=llama, calibration=words, keep=0.25)["notes"]
+    assert notes[0].startswith("75% of the feed-forward neurons would go for good in 2 layers.")
+    assert all(f"> {note}" in (tmp_path / "b/result/model/README.md").read_text() for note in notes)
+    for before, after, said in ((2.0, 4.1, "much worse"), (2.0, None, "much worse"), (2.0, 3.9, ""), (None, None, "of the whole model is no finite number")):
+        found = notes_about(tiny_mamba2(), [], {"perplexity": before}, {"perplexity": after})
+        assert said in " ".join(found)
+        assert bool(found) == bool(said)

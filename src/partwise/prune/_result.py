@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from partwise.atomic_files import write_folder
@@ -22,6 +22,7 @@ __all__ = ["finish_run", "ledger_rows", "notes_about", "open_line"]
 
 MOST_PARTS = 6000  # of which the summary holds each, for the report to draw
 POINTS = 40  # of a curve
+MUCH = 2  # times the perplexity of the whole model: more is said in words
 
 
 def finish_run(job: Job, run: RunFolder, plan: PrunePlan, *, seconds: float) -> dict[str, Any]:
@@ -48,7 +49,8 @@ def finish_run(job: Job, run: RunFolder, plan: PrunePlan, *, seconds: float) -> 
     layers = ledger_rows(whole, ledger, job.method)
     small = prune.apply(whole, plan).eval()
     before, after = measure(job, small)
-    facts = run_facts(job, plan, seconds) | {"before": before, "after": after, "layers": layers, "notes": notes_about(whole, plan)}
+    facts = run_facts(job, plan, seconds) | {"before": before, "after": after, "layers": layers}
+    facts["notes"] = notes_about(whole, layers, before, after)
     job.report("writing", 0, 1, "")
     small = small.to(job.subject.saved_dtype)
     is_plain = opens_alone(small)
@@ -156,9 +158,32 @@ def _curve(worth: Sequence[float]) -> list[float]:
     return [sums[int(place)] + (place % 1) * (sums[min(int(place) + 1, len(sums) - 1)] - sums[int(place)]) for place in places]
 
 
-def notes_about(model: Any, plan: PrunePlan) -> list[str]:
-    """What a user should know before relying on the result."""
-    return []
+def notes_about(model: Any, layers: Sequence[Mapping[str, Any]], before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """What a user should know before relying on the result.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The whole one.
+    layers : sequence of mapping
+        From `ledger_rows`.
+    before, after : mapping
+        What both models are worth.
+    """
+    from partwise.prune.safe_scores import advise, safe_score
+
+    notes = []
+    if any(row["units"] == "states" for row in layers):
+        notes.append("States are a small part of the weights. What shrinks is the memory that every sequence holds.")
+    neurons = [row for row in layers if row["units"] == "neurons"]
+    if neurons:
+        keep = sum(row["kept"] for row in neurons) / sum(row["of"] for row in neurons)
+        notes += advise(safe_score(model), keep=keep)
+    if not before["perplexity"]:
+        notes.append("The perplexity of the whole model is no finite number: look at the model and at the text before anything else.")
+    elif not after["perplexity"] or after["perplexity"] > MUCH * before["perplexity"]:
+        notes.append("The small model predicts much worse. Keep more, take another method (partwise prune sweep shows several), or train what is left.")
+    return notes
 
 
 def opens_alone(small: Any) -> bool:
