@@ -36,6 +36,7 @@ MEASURED: dict[str, tuple[str, dict[str, Any]]] = {
     "wanda": ("wanda", {}),
     "wanda, fluctuation": ("wanda", {"metric": "fluctuation"}),
     "i-spasp": ("i-spasp", {}),
+    "i-spasp, size": ("i-spasp", {"importance": "size"}),
     "greedy": ("greedy", {}),
     "lord": ("lord", {}),
     "lord in the feed-forward layers": ("lord", {"layers": ("*.mlp.*",)}),

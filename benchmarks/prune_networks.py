@@ -32,7 +32,16 @@ from rows import ROOT, Row, append
 NAME = "prune_networks"
 SEEDS, KEPT = (0, 1, 2), (0.75, 0.5, 0.25, 0.1)
 ASKED_AT = (0.5, 0.25)
-MEASURED = ("i-spasp", "greedy", "magnitude", "taylor", "wanda", "random")
+# Name in the rows -> name of the method, and settings.
+MEASURED: dict[str, tuple[str, dict[str, Any]]] = {
+    "i-spasp": ("i-spasp", {}),
+    "i-spasp, size": ("i-spasp", {"importance": "size"}),
+    "greedy": ("greedy", {}),
+    "magnitude": ("magnitude", {}),
+    "taylor": ("taylor", {}),
+    "wanda": ("wanda", {}),
+    "random": ("random", {}),
+}
 ASKED = ("i-spasp", "greedy")
 NUM_CALIBRATION, BATCH_SIZE = 1024, 64
 TUNE_STEPS, TUNE_RATE = 200, 0.01
@@ -94,9 +103,15 @@ def dense(task: Task, seed: int, *, folder: Path = ROOT / "runs" / NAME) -> nn.M
 
 
 def method_of(name: str, keep: float, seed: int = 0) -> Any:
-    """A method by the name that the command line knows."""
-    module, _, kind = METHODS[name].partition(":")
-    return getattr(importlib.import_module(module), kind)(keep=keep, **({"seed": seed} if name == "random" else {}))
+    """A method of one size."""
+    known, settings = MEASURED[name]
+    module, _, kind = METHODS[known].partition(":")
+    return getattr(importlib.import_module(module), kind)(keep=keep, **settings, **({"seed": seed} if known == "random" else {}))
+
+
+def available() -> list[str]:
+    """Of what is to be measured, what the room has."""
+    return [name for name, (known, _) in MEASURED.items() if known in METHODS]
 
 
 def calibration(images: Images, seed: int) -> list[Any]:
@@ -121,7 +136,7 @@ def measured(task: Task, model: nn.Module, name: str, keep: float, seed: int, *,
 
 def run(task: Task, values: KeptValues, *, seeds: Sequence[int] = SEEDS, kept: Sequence[float] = KEPT, tune_steps: int = TUNE_STEPS) -> None:
     """All rows of one data set."""
-    names = [name for name in MEASURED if name in METHODS]
+    names = available()
     found: dict[tuple[str, float], list[dict[str, float]]] = {}
     whole = []
     for seed in seeds:

@@ -281,7 +281,7 @@ def test_pruned_networks_are_measured_before_and_after_the_same_fine_tuning(
     found = {row.claim: row for row in written}
     whole = found["Test accuracy with 75% of the units, before fine-tuning: clusters, magnitude"].baseline_values[0]
     assert whole > 0.9
-    names = [name for name in prune_networks.MEASURED if name in prune_networks.METHODS]
+    names = prune_networks.available()
     for name in names:
         before, after = (found[f"Test accuracy with 50% of the units, {when} fine-tuning: clusters, {name}"] for when in ("before", "after"))
         assert after.values[0] >= before.values[0] - 0.05
