@@ -20,7 +20,7 @@ from model_families import FAMILIES, IN_FLOAT32, TRANSFORMERS, outputs
 from partwise.checks import InputError
 from partwise.models import BlockAxis, CoupledAxis, coupled_axes, tensors_of
 from partwise.prune import METHODS, Taylor, UnitPlan, apply, load_plan
-from partwise.prune.unit_method import UnitMethod
+from partwise.prune.unit_method import Choice, Steps, UnitMethod
 from tiny import tiny_bert, tiny_mamba2, tiny_mlp, tiny_resnet
 from tolerances import assert_close
 
@@ -142,6 +142,20 @@ def test_the_same_settings_and_data_give_the_same_plan_and_files_keep_it(method:
         assert all(torch.equal(factors, other.factors[name]) for name, factors in first.factors.items())
     assert first.method == repr(settings)
     assert all(scores.dtype == torch.float64 for scores in first.scores.values())
+
+
+@SOME_CASES
+def test_a_plan_that_was_interrupted_goes_on_to_the_same_bits(method: str, family: str):
+    model, settings, made = MODELS[family][0](), UNIT_METHODS[method](keep=0.5), {}
+    whole = settings.plan(model, data_for(family), steps=Steps(note=made.__setitem__))
+    assert list(made) == list(whole.units)
+    first = dict(itertools.islice(made.items(), 1))
+    more: dict[str, Choice] = {}
+    again = settings.plan(model, data_for(family), steps=Steps(done=first, note=more.__setitem__))
+    assert list(more) == list(whole.units)[1:]
+    assert again.units == whole.units
+    assert all(torch.equal(scores, again.scores[name]) for name, scores in whole.scores.items())
+    assert all(torch.equal(factors, again.factors[name]) for name, factors in whole.factors.items())
 
 
 @pytest.mark.parametrize(("method", "family"), [case for case in SOME if case[0] not in BY_BATCH])

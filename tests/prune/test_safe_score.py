@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -15,7 +16,6 @@ from model_families import FAMILIES, IDS, images, rows
 from partwise.checks import InputError
 from partwise.prune import METHODS, SafeScore, advise, safe_score
 from partwise.prune.safe_scores import rank_correlation
-from test_public_api import load_method
 from tiny import tiny_bert, tiny_decoder, tiny_mamba2, tiny_mlp, tiny_resnet
 from tolerances import assert_close
 
@@ -42,7 +42,8 @@ def test_the_method_that_is_recommended_exists_and_finds_such_units_in_the_model
     model = FAMILIES[family][0]()
     parts = safe_score(model)
     for part in parts:
-        found = load_method(METHODS[part.method])(kinds=(part.kind,)).find_axes(model)
+        module, _, name = METHODS[part.method].partition(":")
+        found = getattr(importlib.import_module(module), name)(kinds=(part.kind,)).find_axes(model)
         assert part.where in {axis.name for axis in found}
         assert part.rule.endswith(".")
     assert len({part.where for part in parts}) == len(parts)
