@@ -10,6 +10,8 @@ import transformers
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from partwise.models import Part, coupled_axes, extract
+
 WORDS = 61
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 512}
 GROUPED = {"num_key_value_heads": 2, "head_dim": 32}
@@ -38,6 +40,13 @@ def decoder(name: str, *, kernel: str = "sdpa", seed: int = 0, dtype: torch.dtyp
         config = getattr(transformers, f"{family}{'Text' if family == 'Gemma3' else ''}Config")(**settings)
         model = getattr(transformers, f"{family}ForCausalLM")._from_config(config, attn_implementation=kernel).to(dtype)
     return model.eval()
+
+
+def uneven_decoder(name: str, **changes: Any) -> PreTrainedModel:
+    """As `decoder`, with half the key heads, where the family lets them differ, and half the neurons in its first layer."""
+    model = decoder(name, **changes)
+    units = {axis.name: tuple(range(axis.size // 2 if ".0." in axis.name else axis.size)) for axis in coupled_axes(model)}
+    return extract(model, Part(units)).eval()
 
 
 @functools.cache

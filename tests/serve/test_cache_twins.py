@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from cache_models import KERNELS, continued, decoder, padded, shared_decoder, stepped, words
+from cache_models import KERNELS, continued, decoder, padded, shared_decoder, stepped, uneven_decoder, words
+from partwise.serve._attention import set_attention
 from partwise.serve.cache import BudgetedCache
 from partwise.serve.h2o import H2O
 from partwise.serve.key_norm import KeyNorm
@@ -56,7 +57,7 @@ class MaskedTwin:
         self.model, self.cache, self.seen = model, DynamicCache(config=model.config), 0
         AttentionInterface.register("masked_twin", self.attention)
         AttentionMaskInterface.register("masked_twin", sdpa_mask)
-        model.set_attn_implementation("masked_twin")
+        set_attention(model, "masked_twin")
 
     def attention(self, module, query, key, value, mask, *, scaling=None, softcap=None, **_):
         group, new, end = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
@@ -109,6 +110,14 @@ def test_evicting_is_masking_in_every_family(family, kernel):
     if family == "gemma3":
         twin.config._attn_implementation = "eager"
     cache = tight(model, RULES[0], budget=12 if family == "gemma3" else [12, 16], pinned=2)
+    assert differ(model, twin, cache, words(1, 40), [18] + [1] * 14 + [5, 1, 1, 1]) < 3e-5
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt-neox"])
+def test_evicting_is_masking_where_layers_differ_in_size(family, kernel):
+    model, twin = uneven_decoder(family, kernel=kernel), uneven_decoder(family, kernel="eager")
+    cache = tight(model, RULES[0], budget=[12, 16], pinned=2)
     assert differ(model, twin, cache, words(1, 40), [18] + [1] * 14 + [5, 1, 1, 1]) < 3e-5
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +24,9 @@ from partwise.serve._held_tokens import MARK, PREFIX
 if TYPE_CHECKING:
     from transformers import Cache
 
-__all__ = ["KERNELS", "attach", "detach", "own_kernel", "probe"]
+    from partwise.serve._decoder import LayerShape
+
+__all__ = ["KERNELS", "attach", "detach", "own_kernel", "probe", "set_attention"]
 
 KERNELS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 _probed: weakref.WeakKeyDictionary[type, set[str]] = weakref.WeakKeyDictionary()
@@ -99,16 +101,27 @@ def attach(model: Any) -> None:
     if not getattr(model, "_supports_attention_backend", False):
         raise unsupported(type(model).__name__, "its attention does not go through transformers' AttentionInterface")
     if model.config.get_text_config(decoder=True)._attn_implementation != PREFIX + kernel:
-        model.set_attn_implementation(PREFIX + kernel)
+        set_attention(model, PREFIX + kernel)
 
 
 def detach(model: Any) -> None:
     """Give the model's attention its own name back."""
     if str(model.config.get_text_config(decoder=True)._attn_implementation).startswith(PREFIX):
-        model.set_attn_implementation(own_kernel(model))
+        set_attention(model, own_kernel(model))
 
 
-def probe(model: Any, cache: Cache, *, kv_heads: int, dim: int) -> None:
+def set_attention(model: Any, name: str) -> None:
+    """As ``set_attn_implementation``, which forgets layers that have a configuration of their own because they differ in size."""
+    model.set_attn_implementation(name)
+    config = model.config.get_text_config(decoder=True)
+    if config.is_heterogeneous:
+        for module in model.modules():
+            own: Any = getattr(module, "config", None)
+            if type(own) is type(config) and own is not config:
+                own._attn_implementation = name
+
+
+def probe(model: Any, cache: Cache, shapes: Sequence[LayerShape]) -> None:
     """Run one token through a model and a cache, once for each class and kernel: a model that passes the cache by is refused before the first real token."""
     kernel = own_kernel(model)
     if kernel in _probed.get(type(model), ()):
@@ -128,8 +141,8 @@ def probe(model: Any, cache: Cache, *, kv_heads: int, dim: int) -> None:
     missed = [index for index, layer in budgeted.items() if layer.largest != 1]
     if missed:
         raise unsupported(type(model).__name__, f"layers {missed} did not use the cache")
-    for layer in budgeted.values():
-        shapes = [tuple(tensor.shape) for tensor in layer.store.read()]
-        if shapes != [(1, kv_heads, 1, dim)] * 2:
-            raise unsupported(type(model).__name__, f"a token has keys and values of shape {shapes}, not {(1, kv_heads, 1, dim)} as configured")
+    for index, layer in budgeted.items():
+        found, expected = [tuple(tensor.shape) for tensor in layer.store.read()], (1, shapes[index].kv_heads, 1, shapes[index].dim)
+        if found != [expected] * 2:
+            raise unsupported(type(model).__name__, f"a token has keys and values of shape {found}, not {expected} as configured")
     _probed.setdefault(type(model), set()).add(kernel)

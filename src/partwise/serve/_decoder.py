@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from partwise.checks import InputError
 
-__all__ = ["check_layer_types", "decoder_config", "head_dim", "kv_heads", "unsupported"]
+__all__ = ["LayerShape", "check_layer_types", "decoder_config", "layer_shapes", "unsupported"]
 
 OWN_WINDOW = {"sliding_attention", "chunked_attention", "linear_attention", "conv"}  # layers whose memory is bounded already
 
@@ -35,14 +36,39 @@ def check_layer_types(name: str, types: Sequence[str]) -> None:
         )
 
 
-def head_dim(config: Any) -> int:
-    """Dimensions of a key or a value."""
+@dataclass(frozen=True)
+class LayerShape:
+    """Heads of one layer.
+
+    Parameters
+    ----------
+    query_heads, kv_heads : int
+        How many, and how many of keys.
+    dim : int
+        Dimensions of a query, a key or a value.
+    """
+
+    query_heads: int
+    kv_heads: int
+    dim: int
+
+    @property
+    def numbers_per_token(self) -> int:
+        """In keys and values."""
+        return self.kv_heads * 2 * self.dim
+
+
+def layer_shapes(config: Any) -> tuple[LayerShape, ...]:
+    """One for each layer; layers may differ in size."""
+    return tuple(LayerShape(int(own.num_attention_heads), _kv_heads(own), _head_dim(own)) for own in config.per_layer_config)
+
+
+def _head_dim(config: Any) -> int:
     found = getattr(config, "head_dim", None)
     return int(found) if found else int(config.hidden_size) // int(config.num_attention_heads)
 
 
-def kv_heads(config: Any) -> int:
-    """Key heads of a layer."""
+def _kv_heads(config: Any) -> int:
     return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 

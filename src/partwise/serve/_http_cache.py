@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from partwise.serve._decoder import head_dim, kv_heads
+from partwise.serve._layer import BudgetedLayer
 from partwise.serve.cache import BudgetedCache
 
 if TYPE_CHECKING:
@@ -48,9 +48,8 @@ class CacheMaker:
         A layer sees the whole prompt before it lets tokens go, and is done before the next one begins: one layer of unpacked tokens comes on top of what all
         hold between calls. A layer with a window of its own is counted with all tokens, since transformers keeps their memory until the next one comes.
         """
-        config = self.model.config.get_text_config(decoder=True)
-        per_token = kv_heads(config) * 2 * head_dim(config) * self.model.dtype.itemsize
-        notes = cache.note_bytes(1, 1, kv_heads(config))
-        one_layer = (num_prompt + self.budget + 1) * (per_token + notes)
-        own_window = len(cache.layers) - len(cache.budgeted)
-        return cache.max_bytes() + int(one_layer + own_window * (num_prompt + num_new) * per_token)
+        per_token = [shape.numbers_per_token * self.model.dtype.itemsize for shape in cache.shapes]  # of each layer
+        notes = max(cache.note_bytes(1, 1, shape.kv_heads) for shape in cache.shapes)
+        one_layer = (num_prompt + self.budget + 1) * (max(per_token) + notes)
+        own_window = sum(number for number, layer in zip(per_token, cache.layers, strict=True) if not isinstance(layer, BudgetedLayer))
+        return cache.max_bytes() + int(one_layer + own_window * (num_prompt + num_new))

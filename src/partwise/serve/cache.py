@@ -14,8 +14,8 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types
 
 from partwise.checks import InputError, RunError, check_at_least
 from partwise.ledger import Ledger, Part
-from partwise.serve._attention import attach, probe
-from partwise.serve._decoder import check_layer_types, decoder_config, head_dim, kv_heads
+from partwise.serve._attention import attach, probe, set_attention
+from partwise.serve._decoder import check_layer_types, decoder_config, layer_shapes
 from partwise.serve._held_tokens import Shared
 from partwise.serve._layer import BudgetedLayer
 from partwise.serve._packed_store import PackedStore
@@ -79,7 +79,8 @@ class BudgetedCache(Cache):
         self._dtype = model.dtype
         self.pinned = _pinned(pinned)
         self.budget = _budgets(budget, types.count("full_attention"))
-        self._check_settings(config)
+        self.shapes = layer_shapes(config)
+        self._check_settings()
         self._shared = Shared(config, weakref.WeakSet(model.modules()))
         budgets = iter(self.budget)
         super().__init__(
@@ -91,9 +92,9 @@ class BudgetedCache(Cache):
         name = config._attn_implementation
         attach(model)
         try:
-            probe(model, self, kv_heads=kv_heads(config), dim=head_dim(config))
+            probe(model, self, self.shapes)
         except BaseException:
-            model.set_attn_implementation(name)
+            set_attention(model, name)
             raise
         self.reset()
 
@@ -121,7 +122,7 @@ class BudgetedCache(Cache):
         bits, residual = self.bits, self.residual
         return lambda: PackedStore(budget + 1, bits=bits, residual=residual)
 
-    def _check_settings(self, config: Any) -> None:
+    def _check_settings(self) -> None:
         if not isinstance(self.rule, EvictionRule):
             raise InputError(
                 "bad-cache-setting", f"got rule={self.rule!r}, expected a rule with its settings, such as Scissorhands(). Pass an instance."
@@ -135,10 +136,10 @@ class BudgetedCache(Cache):
                 "bad-cache-setting",
                 f"got score_chunk={self.score_chunk!r} and residual={self.residual!r}, expected at least 1 and at least 0. Leave them out.",
             )
-        dim = head_dim(config)
-        if self.bits is not None and dim % 32:
+        odd = next((shape.dim for shape in self.shapes if shape.dim % 32), None)
+        if self.bits is not None and odd is not None:
             raise InputError(
-                "cache-head-dim", f"got heads of {dim} dimensions with bits={self.bits}, expected a multiple of 32 to pack in groups. Leave bits out."
+                "cache-head-dim", f"got heads of {odd} dimensions with bits={self.bits}, expected a multiple of 32 to pack in groups. Leave bits out."
             )
         for budget in self.budget:
             limits = self._limits(budget)
@@ -243,19 +244,17 @@ class BudgetedCache(Cache):
         """
         check_at_least(batch_size, 1, name="batch_size")
         check_at_least(num_beams, 1, name="num_beams")
-        rows, config = batch_size * num_beams, self._shared.config
-        dim, heads = head_dim(config), kv_heads(config)
-        query = 0 if self.rule.horizon == 0 else rows * config.num_attention_heads * dim * self._dtype.itemsize
-        total = 0
-        for budget in self.budget:
-            sizes = {"limit": budget + 1, "batch_size": rows, "num_heads": heads, "dim": dim, "value_dim": dim, "itemsize": self._dtype.itemsize}
+        rows, itemsize, total = batch_size * num_beams, self._dtype.itemsize, 0
+        for layer, shape in zip(self.layers, self.shapes, strict=True):
+            if not isinstance(layer, BudgetedLayer):
+                total += rows * int(getattr(layer, "sliding_window", 0)) * shape.numbers_per_token * itemsize
+                continue
+            budget, query = layer.budget, 0 if self.rule.horizon == 0 else rows * shape.query_heads * shape.dim * itemsize
+            sizes = {"limit": budget + 1, "batch_size": rows, "num_heads": shape.kv_heads, "dim": shape.dim, "value_dim": shape.dim, "itemsize": itemsize}
             total += PlainStore.bound(**sizes) if self.bits is None else PackedStore.bound(**sizes, bits=self.bits, residual=self.residual)
-            total += (
-                self.note_bytes(rows, budget + 1, heads) + query * self._chunk(budget) + rows * 2 * torch.int64.itemsize
-            )  # tokens of a row, and observed ones
-        windows = sum(int(layer.sliding_window) for layer in self.layers if hasattr(layer, "sliding_window"))
-        own: int = rows * heads * windows * 2 * dim * self._dtype.itemsize
-        return total + own
+            total += self.note_bytes(rows, budget + 1, shape.kv_heads) + query * self._chunk(budget)
+            total += rows * 2 * torch.int64.itemsize  # tokens of a row, and observed ones
+        return total
 
     def note_bytes(self, rows: int, slots: int, kv_heads: int) -> int:
         """Positions and records of all heads, and which slots hold tokens."""
@@ -281,8 +280,7 @@ class BudgetedCache(Cache):
         if not isinstance(layer, BudgetedLayer):
             held = _bytes_of(layer)
             return LayerReport(index, None, 0 if getattr(layer, "keys", None) is None else layer.keys.shape[-2], held, held, 0, None)
-        config = self._shared.config
-        full = max(0, layer.batch_size) * layer.seen * kv_heads(config) * 2 * head_dim(config) * self._dtype.itemsize
+        full = max(0, layer.batch_size) * layer.seen * self.shapes[index].numbers_per_token * self._dtype.itemsize
         mass = None if layer.mass is None else float(layer.mass) / layer.num_masses
         return LayerReport(index, layer.budget, layer.num_slots, layer.nbytes, full, layer.evictions, mass)
 

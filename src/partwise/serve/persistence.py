@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from partwise.checks import InputError, check_at_least
-from partwise.serve._decoder import decoder_config, kv_heads
+from partwise.serve._decoder import decoder_config, layer_shapes
 from partwise.serve._evaluating import evaluating
 from partwise.serve.cache import BudgetedCache
 from partwise.serve.rule import EvictionRule
@@ -99,7 +99,7 @@ def persistence_ratio(model: Any, input_ids: Tensor, *, split: float = 0.5) -> P
     Raises
     ------
     InputError
-        When there are too few tokens, or ``split`` is not between 0 and 1.
+        When there are too few tokens, ``split`` is not between 0 and 1, or layers have different numbers of heads.
 
     References
     ----------
@@ -112,9 +112,15 @@ def persistence_ratio(model: Any, input_ids: Tensor, *, split: float = 0.5) -> P
             f"got input_ids of shape {shape} and split={split}, expected (rows, at least 4 tokens) and a share between 0 and 1. "
             "Tokenize a longer text.",
         )
-    config, tokens = decoder_config(model), shape[1]
+    tokens, (heads, *others) = shape[1], sorted(set(layer_shapes(decoder_config(model))), key=lambda one: one.query_heads)
+    if others:
+        raise InputError(
+            "persistence-input",
+            f"got a model whose layers have {heads.query_heads} to {others[-1].query_heads} heads, expected as many in each: the result has one row for each "
+            "layer. Share a budget with calibrate_budgets.",
+        )
     place = max(1, min(tokens - 1, round(split * tokens)))
-    group = config.num_attention_heads // kv_heads(config)
+    group = heads.query_heads // heads.kv_heads
     cache = BudgetedCache(model, _PivotalTokens(group=group, place=place), budget=tokens + 2)
     with evaluating(model):
         model(input_ids=input_ids, cache=cache, use_cache=True)
