@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from partwise.atomic_files import read_json, write_json
 from partwise.checks import InputError
 from partwise.models import Part, coupled_axes, extract
+from partwise.models.low_rank_layers import make_thin, ranks_of
 from partwise.models.uneven_files import save_uneven
 from partwise.opened_models import choose_device, newest_train_run, open_model
 from partwise.runs import RunFolder
@@ -66,8 +67,10 @@ def test_where_the_whole_model_is_gone_it_is_the_largest_ticket(tmp_path: Path, 
     found = newest_train_run(tmp_path)
     assert found is not None
     assert found.model == run / "result/tickets/keep-75"
-    config = read_json(found.model / "config.json")
-    write_json(found.model / "config.json", config | {"per_layer_config": {"0": {"intermediate_size": 8}}})  # which transformers alone cannot open
+    shutil.rmtree(found.model)
+    write_uneven(found.model)
+    assert newest_train_run(tmp_path) == found, "layers may differ in size"
+    (found.model / "tokenizer_config.json").unlink()
     assert newest_train_run(tmp_path).model == run / "result/tickets/keep-50"  # type: ignore[union-attr]
 
 
@@ -114,6 +117,19 @@ def test_a_model_whose_layers_differ_in_size_is_opened_with_its_tokenizer(tmp_pa
     assert ids.tolist() == [tiny_llama_tokenizer()("red green").input_ids]
     assert torch.equal(opened.model(ids).logits, small(ids).logits)
     assert open_model(str(tmp_path / "small"), device="cpu").model.dtype == torch.float32
+
+
+def test_a_model_with_layers_of_low_rank_is_opened_with_its_tokenizer(tmp_path: Path):
+    thin = write_uneven(tmp_path / "uneven")
+    make_thin(thin, {"model.layers.0.self_attn.q_proj": 3, "model.layers.1.mlp.down_proj": 5})
+    for parameter in thin.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    save_uneven(thin, tmp_path / "small", tokenizer=tiny_llama_tokenizer())
+    opened = open_model(str(tmp_path / "small"), device="cpu")
+    ids = opened.tokenizer("red green", return_tensors="pt").input_ids
+    assert torch.equal(opened.model(ids).logits, thin(ids).logits)
+    assert ranks_of(opened.model) == {"model.layers.0.self_attn.q_proj": 3, "model.layers.1.mlp.down_proj": 5}
+    assert open_model(str(tmp_path / "small"), device="cpu", dtype="bfloat16").model.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ class TrainRun:
     path : Path
         Folder of the run.
     model : Path
-        Its largest model that transformers opens alone.
+        Its largest model, whose layers may differ in size.
     data : dict
         What it was trained on, as its ``run.json`` says.
     """
@@ -63,8 +63,8 @@ def open_model(source: str | None, *, device: str | None = None, dtype: str | No
     Parameters
     ----------
     source : str or None
-        A folder as save_pretrained or `partwise.models.uneven_files.save_uneven` writes it, with its tokenizer, or an id of the Hugging Face hub. None: the
-        newest finished run of ``partwise train`` under ``runs``.
+        A folder as save_pretrained, `partwise.models.uneven_files.save_uneven` or `partwise.prune.save` writes it, with its tokenizer, or an id of the Hugging
+        Face hub. None: the newest finished run of ``partwise train`` under ``runs``.
     device : str, optional
         Left out: the GPU if there is one, else the CPU.
     dtype : {"float32", "bfloat16", "float16"}, optional
@@ -74,7 +74,8 @@ def open_model(source: str | None, *, device: str | None = None, dtype: str | No
     ------
     InputError
         ``no-model``, ``model-not-found``, ``model-incomplete``, ``model-unavailable``, ``pickle-refused``, ``damaged-weights``, ``weights-do-not-match``,
-        ``task-not-supported`` or ``unknown-device``; for a folder whose layers differ in size also what `partwise.models.uneven_files.load_uneven` raises.
+        ``task-not-supported`` or ``unknown-device``; for a folder whose layers differ in size or are of low rank also what
+        `partwise.models.uneven_files.load_uneven` raises.
     """
     run = None if source is not None else newest_train_run()
     if source is None:
@@ -126,7 +127,7 @@ def _train_run(folder: Path) -> TrainRun | None:
         return None
     if header.get("room") != "train" or header.get("status") != "finished":
         return None
-    model = next((inside for inside in _models_in(folder / "result") if _is_plain_decoder(inside)), None)
+    model = next((inside for inside in _models_in(folder / "result") if _is_decoder(inside)), None)
     return None if model is None else TrainRun(folder, model, header.get("data") or {})
 
 
@@ -137,13 +138,13 @@ def _models_in(result: Path) -> Iterator[Path]:
     yield from sorted(sizes, key=lambda path: -sizes[path])
 
 
-def _is_plain_decoder(folder: Path) -> bool:
-    """Whether transformers opens the folder as a language model without help: layers of one size, with a tokenizer."""
+def _is_decoder(folder: Path) -> bool:
+    """Whether the folder holds a language model with a tokenizer."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    if not isinstance(config, dict) or config.get("per_layer_config") or not (folder / "tokenizer_config.json").is_file():
+    if not isinstance(config, dict) or not (folder / "tokenizer_config.json").is_file():
         return False
     return any(str(name).endswith("ForCausalLM") for name in config.get("architectures") or ())
 

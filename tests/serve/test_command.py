@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from partwise.atomic_files import write_json
 from partwise.cli import main
+from partwise.models import Part, coupled_axes, extract
+from partwise.models.low_rank_layers import make_thin
+from partwise.models.uneven_files import save_uneven
 from partwise.report import write_report
 from partwise.runs import RunFolder
 from partwise.serve import METHODS
@@ -137,6 +141,23 @@ def test_a_text_that_needs_no_eviction_says_so(model: Path, tmp_path: Path, caps
     (tmp_path / "prompt.txt").write_text("red green")
     assert run("serve", "generate", "--model", model, "--prompt-file", tmp_path / "prompt.txt", "--max-new-tokens", 2) == 0
     assert capsys.readouterr().err.endswith("; nothing had to leave\n")
+
+
+@pytest.mark.parametrize("ranks", [{}, {"model.layers.1.self_attn.k_proj": 3, "model.layers.0.mlp.up_proj": 2}], ids=["layers differ", "low rank"])
+def test_a_folder_that_stock_transformers_cannot_open_goes_on_too(ranks: dict[str, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    half = Part({axis.name: tuple(range(axis.size // 2 if ".0." in axis.name else axis.size)) for axis in coupled_axes(small_decoder())})
+    small = extract(small_decoder(), half)
+    make_thin(small, ranks)
+    for parameter in small.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    save_uneven(small, tmp_path / "small", tokenizer=tiny_llama_tokenizer())
+    asked = ("--prompt", "the good film", "--budget", 12, "--recent", 2, "--max-new-tokens", 40, "--json")
+    assert run("serve", "generate", "--model", tmp_path / "small", *asked) == 0
+    written = json.loads(capsys.readouterr().out)
+    assert written["evictions"] > 0
+    sizes = [layer.self_attn.k_proj.out_features + layer.self_attn.v_proj.out_features for layer in small.model.layers]
+    assert sizes[0] < sizes[1]
+    assert written["bytes_full"] == sum(sizes) * 4 * (written["num_prompt_tokens"] + written["num_new_tokens"] - 1)
 
 
 def test_a_comparison_ends_with_a_table_a_verdict_and_a_run(
