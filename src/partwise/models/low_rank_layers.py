@@ -94,10 +94,9 @@ def check_layer(model: nn.Module, name: str) -> nn.Linear:
     if module is None:
         raise InputError("unknown-layer", f"{type(model).__name__} has no layer {name}, expected the name of a linear layer. Check that both belong together.")
     if type(module) is not nn.Linear:
-        raise InputError(
-            "unsupported-layer",
-            f"{name} is a {type(module).__module__}.{type(module).__name__}, expected a plain Linear. Dequantise the model, or merge its adapters, first.",
-        )
+        is_thin = isinstance(module, LowRankLinear)
+        advice = "It is thin already: use the model that it was made from." if is_thin else "Dequantise the model, or merge its adapters, first."
+        raise InputError("unsupported-layer", f"{name} is a {type(module).__module__}.{type(module).__name__}, expected a plain Linear. {advice}")
     own = {id(tensor) for tensor in module.parameters()}
     others = [other for other, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in own and other.rpartition(".")[0] != name]
     if others:

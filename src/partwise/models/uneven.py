@@ -115,8 +115,9 @@ def nearest_allowed(config: Any, attributes: Callable[[int], Mapping[str, int]],
 def check_plain_linear(module: Any, name: str, *, kind: type) -> None:
     """Refuse quantised and wrapped layers, whose rows and columns are not where they seem."""
     if type(module) is not kind:
+        is_thin = type(module).__name__ == "LowRankLinear"
+        advice = "Cut units first, and make layers thin then." if is_thin else "Dequantise the model, or merge its adapters, first."
         raise InputError(
             "unsupported-layer",
-            f"{name} is a {type(module).__module__}.{type(module).__name__}, expected a plain {kind.__name__}. "
-            "Dequantise the model, or merge its adapters, first.",
+            f"{name} is a {type(module).__module__}.{type(module).__name__}, expected a plain {kind.__name__}. {advice}",
         )

@@ -278,7 +278,8 @@ def _shapes_in(folder: Path, *, variant: str | None, renamed: Mapping[str, str])
     """Shapes of all tensors in the safetensors files of a folder, read from their headers, under their names in the model."""
     from safetensors import safe_open
 
-    weights, listed = (name.replace(".", f".{variant}.", 1) if variant else name for name in (WEIGHTS, INDEX))
+    # As transformers names a variant: in front of the last suffix.
+    weights, listed = (f"{Path(name).stem}.{variant}{Path(name).suffix}" if variant else name for name in (WEIGHTS, INDEX))
     files = {weights}
     if not (folder / weights).is_file() and (folder / listed).is_file():
         index = atomic_files.read_json(folder / listed)

@@ -104,9 +104,12 @@ def find_layers(model: nn.Module, patterns: Sequence[str]) -> dict[str, LayerSiz
         )
     usual, possible = _in_blocks(model) if hasattr(type(model), "config_class") else _in_graph(model)
     every = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    chosen = set(usual)
-    if patterns:
-        chosen = {name for pattern in patterns for name in _fitting(pattern, every, possible)}
+    chosen = {name for pattern in patterns for name in _fitting(pattern, every, possible)} if patterns else set(usual)
+    if not chosen:
+        raise InputError(
+            "no-linear-layers",
+            f"the only linear layers of {type(model).__name__} give its outputs ({', '.join(possible)}), expected others. Name them in layers to choose them.",
+        )
     sizes = {}
     for name in every:
         if name in chosen:
@@ -153,11 +156,6 @@ def _in_graph(model: nn.Module) -> tuple[list[str], list[str]]:
     usual = [str(node.target) for node in nodes if not all(user.op == "output" for user in node.users)]
     if not possible:
         raise InputError("no-linear-layers", f"{type(model).__name__} has no torch.nn.Linear, expected some. Choose a method for filters.")
-    if not usual:
-        raise InputError(
-            "no-linear-layers",
-            f"the only linear layers of {type(model).__name__} give its outputs ({', '.join(possible)}), expected others. Name them in layers to choose them.",
-        )
     return usual, possible
 
 

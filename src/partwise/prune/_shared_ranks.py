@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from partwise.checks import InputError
@@ -57,9 +57,21 @@ def share_ranks(method: LoRD, model: nn.Module, shares: Mapping[str, Tensor], si
         costs.append((size.outputs + size.inputs) * steps[name] * factors[name] if len(ends) > 1 else whole[name])
     if budget < sum(costs):
         raise _too_small(method, sum(costs) + others, sum(whole.values()) + others, len(names))
-    most = sum(len(group) * cost for group, cost in zip(values, costs, strict=True))
-    counts = select_prefixes(values, costs, budget=min(budget, most))
+    counts = _counts_within(budget, values, costs, list(whole.values()))
     return {name: None if count == len(group) else count * steps[name] for name, count, group in zip(names, counts, values, strict=True)}
+
+
+def _counts_within(budget: int, values: Sequence[Sequence[float]], costs: Sequence[int], whole: Sequence[int]) -> list[int]:
+    """Parts of each layer. All parts of one cost a little more than the whole layer does; what that leaves of the budget is spent as well."""
+    most = sum(len(group) * cost for group, cost in zip(values, costs, strict=True))
+    counts: list[int] = []
+    allowed = budget
+    while True:
+        tried = select_prefixes(values, costs, budget=min(allowed, most))
+        spent = sum(full if count == len(group) else count * cost for count, group, cost, full in zip(tried, values, costs, whole, strict=True))
+        if spent > budget or tried == counts:
+            return counts
+        counts, allowed = tried, allowed + budget - spent
 
 
 def _step(size: LayerSize, round_to: int) -> int:
