@@ -9,7 +9,11 @@
 - ``partition`` - deal units into parts: disjoint, overlapping, at random.
 - ``slicing`` - cut entries out of a tensor, and put pieces back as the mean over their holders.
 - ``rankings`` - how far one ranking is from another.
+- ``output_basis`` - the directions in which the outputs of a linear layer lie.
 - ``unit_worth`` - what a unit adds to the layer that reads it.
+- ``unit_products`` - what pairs of units do together in the layer that reads them.
+- ``greedy_selection`` - units added one by one, each time the one that brings their sum closest to a target.
+- ``sparse_recovery`` - the units that explain what a layer gives, by the iteration of i-SpaSP.
 - ``masked_neurons`` - training one hidden layer by subnetworks: what sampling costs, and how fast theory says it converges.
 - ``subset_sums`` - how near sums of some of a few numbers come to a target, by trying all of them.
 - ``products`` - matrix products whose bits do not depend on the batch.

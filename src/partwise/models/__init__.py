@@ -8,6 +8,7 @@
 - ``walks`` - calibration data on their way through a model, one layer at a time.
 - ``cache_sizes`` - what a sequence holds in memory while a model writes on.
 - ``uneven`` - transformers models whose layers differ in size.
+- ``low_rank_layers`` - two thin layers in the place of a linear one.
 - ``uneven_files`` - write such models to folders and read them back.
 - ``networks`` - the perceptrons, ResNets and small decoders of this package.
 - ``network_files`` - write plain networks to folders and read them back.
