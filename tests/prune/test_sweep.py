@@ -139,7 +139,7 @@ def test_the_terminal_shows_every_size_with_the_best_method_first(finished: Path
     assert main(["prune", "sweep", "--out", str(finished), "--resume"]) == 0
     said = capsys.readouterr().out
     lines = [line.split() for line in said.splitlines()]
-    assert ["method", "perplexity", "lowest", "to", "highest", "change", "parameters", "a", "sequence"] in lines
+    assert ["method", "perplexity", "lowest", "to", "highest", "change", "parameters", "a", "sequence", "holds"] in lines
     assert lines.index(["75", "%"]) < lines.index(["50", "%"]) < lines.index(["25", "%"])
     summary = json.loads((finished / "summary.json").read_text())
     for rows in by_keep(summary).values():

@@ -88,10 +88,11 @@ def sweep_table(summary: Mapping[str, Any]) -> Table:
     """The whole model, then for each size a row per method, the best perplexity first."""
     from rich.text import Text
 
-    from partwise.prune._sweep_report import by_keep, cells_of, whole_cells
+    from partwise.prune._sweep_report import by_keep, cells_of, size_of, whole_cells
 
     has_spread = len({row["seed"] for row in summary["measurements"]}) > 1
-    labels = {"method": 0, "perplexity": 1, "lowest to highest": 2, "change": 3, "parameters": 4, "a sequence": 6}
+    shrinks = {"weights": 5} if size_of(summary)[0] == "num_parameters" else {"a sequence holds": 6}
+    labels = {"method": 0, "perplexity": 1, "lowest to highest": 2, "change": 3, "parameters": 4} | shrinks
     shown = {label: place for label, place in labels.items() if label != "lowest to highest" or has_spread}
     table = _plain_table()
     for label in shown:
