@@ -20,12 +20,13 @@ import prune_ghost_quality
 import prune_llama_quality
 import prune_models
 import prune_networks
+import prune_recall
 from partwise.models.networks import build
 from partwise.prune import GHOST, Magnitude, Random, Taylor
 from resumable import KeptValues
 from tiny import WORDS, save_tiny, tiny_decoder, tiny_llama_tokenizer, tiny_mamba2
 
-PROGRAMS = (prune_calibration_cost, prune_decode_speed, prune_equality, prune_ghost_quality, prune_llama_quality, prune_networks)
+PROGRAMS = (prune_calibration_cost, prune_decode_speed, prune_equality, prune_ghost_quality, prune_llama_quality, prune_networks, prune_recall)
 
 
 @pytest.fixture
@@ -160,6 +161,26 @@ def test_probes_of_recall_ask_for_what_was_told() -> None:
         assert [row[place + 2] for place in range(len(row) - 3) if row[place] == name and row[place + 1] == row[-2]] == [value]
         assert value not in other[:-1]
         assert sum(first != second for first, second in zip(row, other, strict=True)) == 1
+
+
+def test_texts_of_the_recall_task_ask_for_what_they_told() -> None:
+    ids, labels = prune_recall.texts(5, seed=0)
+    for row, answers in zip(ids.tolist(), labels.tolist(), strict=True):
+        told = dict(zip(row[: 2 * prune_recall.PAIRS : 2], row[1 : 2 * prune_recall.PAIRS : 2], strict=True))
+        asked = {row[place - 1]: answer for place, answer in enumerate(answers) if answer != -100}
+        assert asked == told
+        assert len(told) == prune_recall.PAIRS
+
+
+def test_what_is_recalled_is_scored_for_every_method_and_size(
+    written: list[Any], values: KeptValues, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(prune_recall, "TEST", 32)
+    models = {seed: prune_recall.trained(seed, num_steps=2, folder=tmp_path) for seed in (0, 1)}
+    prune_recall.run(models, values, removed=(0.5, 0.9))
+    assert len(written) == 2 * len(prune_recall.ENTRIES)
+    assert [row.claim for row in written if row.held is not None] == ["Values that are looked up with 50% of the states removed: GHOST"]
+    assert all(len(row.values) == 2 for row in written)
 
 
 def test_the_figure_is_drawn_from_the_rows(written: list[Any], values: KeptValues, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
