@@ -91,8 +91,8 @@ class LowRankPlan(PrunePlan):
             if ranks.get(name) != self.ranks.get(name):
                 raise InputError(
                     "plan-for-another-model",
-                    f"{name} is {_told(ranks.get(name))} in this model and {_told(self.ranks.get(name))} in the plan, expected the model that the plan makes. Pass "
-                    "the plan that was applied, or leave it out.",
+                    f"{name} is {_told(ranks.get(name))} in this model and {_told(self.ranks.get(name))} in the plan, expected the model that the plan makes. "
+                    "Pass the plan that was applied, or leave it out.",
                 )
         return Part({})
 
