@@ -119,9 +119,8 @@ def test_trained_models_cut_to_another_size_in_every_layer_keep_every_bit(name: 
         if axis.kind != "heads"
     }
     ids = torch.arange(5, 45)[None]  # (1, 40)
-    exact = model.float()
-    sliced, masked = extract(exact, Part(units))(ids).logits, mask(exact, Part(units))(ids).logits
-    assert_close(sliced, masked, claim="slicing is masking, to the rounding of all layers", rtol=0, atol=5e-5)
+    exact = model.double()  # in float32 the order of a sum over hundreds of neurons is worth 1e-5 in logits of 12
+    assert_close(extract(exact, Part(units))(ids).logits, mask(exact, Part(units))(ids).logits, claim="slicing is masking", rtol=0, atol=1e-5)
     small = extract(load_uneven(folder), Part(units))
     save_uneven(small, tmp_path / "small")
     loaded: Any = load_uneven(tmp_path / "small")
