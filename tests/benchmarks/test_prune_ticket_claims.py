@@ -94,11 +94,13 @@ def test_a_ticket_of_frozen_weights_is_much_better_than_chance_and_worse_than_tr
 def test_a_ticket_of_moved_weights_beats_frozen_ones_and_ones_moved_at_random(found: dict[str, float]) -> None:
     assert found["moved by 0.1"] > found["frozen"]
     assert found["moved by 0.1"] > found["shuffled 0.1"]
+    assert found["moved by 0.1"] > max(found["frozen, fewer steps"], found["shuffled 0.1, fewer steps"])
 
 
 def test_every_rival_makes_as_many_steps() -> None:
     for method in (SETTINGS.ticket(0), SETTINGS.ticket(0, radius=0.1), SETTINGS.full(0)):
         assert (method.perturb_epochs if method.radius else 0) + (method.num_epochs if method.keep < 1 else 0) == SETTINGS.num_epochs
+    assert SETTINGS.fewer_steps(0).num_epochs == SETTINGS.ticket(0, radius=0.1).num_epochs
 
 
 def test_shuffled_changes_are_as_large_and_lie_elsewhere() -> None:
@@ -122,8 +124,9 @@ def test_the_rows_say_what_was_asked_for_and_whether_it_held(tmp_path: Path, mon
     for program in (tickets, sums):
         monkeypatch.setattr(program, "append", lambda name, row: kept.append({"name": name} | dataclasses.asdict(row)))
     scores = {"full training": [0.9], "frozen": [0.85], "moved by 0.1": [0.895], "shuffled 0.1": [0.896], "unmasked 0.1": [0.8]}
+    scores |= {"frozen, fewer steps": [0.8], "shuffled 0.1, fewer steps": [0.9]}
     tickets.compare(scores, SETTINGS, radii=(0.1,), seconds=1.0)
-    assert [row["held"] for row in kept] == [True, False, None, False, True]
+    assert [row["held"] for row in kept] == [True, False, True, False, None, False, True]
     kept.clear()
     monkeypatch.setattr(sums, "ERRORS", (0.01,))
     runs = [sums.measure(0, num_draws=100, most=12)]
