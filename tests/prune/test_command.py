@@ -142,7 +142,7 @@ def test_a_run_ends_with_the_ledger_before_and_after_and_how_to_open_the_model(
     lines = [line.split() for line in said.splitlines()]
     assert ["layer", "units", "kept", "of", "parameters", "share", "of", "the", "scores"] in lines
     assert [line[:5] for line in lines if line[1:2] == ["mixer.state"]] == [[str(layer), "mixer.state", "states", "4", "8"] for layer in range(3)]
-    assert next(line for line in lines if line[:1] == ["total"])[:3] == ["total", "12", "24"]
+    assert next(line for line in lines if line[:1] == ["total"])[:4] == ["total", "states", "12", "24"]
     assert ["before", "after", "change"] in lines
     for name in ("perplexity", "parameters", "weights, float32", "a sequence holds, float32", "- recurrent states", "tokens per second"):
         assert f" {name} " in said

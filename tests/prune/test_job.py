@@ -16,6 +16,7 @@ from partwise.checks import InputError
 from partwise.opened_models import open_model
 from partwise.prune import METHODS, apply, load_plan
 from partwise.prune._measuring import costs_of, decode_speeds, perplexity
+from partwise.prune._report import verdict_of
 from partwise.prune._result import notes_about
 from partwise.prune._sweep import command_names
 from partwise.prune._texts import TextSettings, read_texts
@@ -162,6 +163,16 @@ def test_the_card_says_how_to_open_it_what_it_cost_and_what_stayed(mamba2: Path,
     ):
         assert text in card
     assert card.isascii()
+
+
+@pytest.mark.parametrize("name", ["lord", "wanda"])
+def test_a_budget_of_everything_leaves_the_model_as_it_was(name: str, llama: Path, words: Path, tmp_path: Path):
+    summary = run_small(name, tmp_path / "run", model=llama, calibration=words, keep=1.0)
+    assert summary["is_plain"]
+    assert {**summary["before"], "tokens_per_second": 0} == {**summary["after"], "tokens_per_second": 0}
+    assert ("all layers as they were" in verdict_of(summary)) == (name == "lord")
+    small, whole = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "run/result/model", llama))
+    assert all(torch.equal(tensor, whole.state_dict()[key]) for key, tensor in small.state_dict().items())
 
 
 def test_a_method_that_reads_no_text_says_so(mamba2: Path, words: Path, tmp_path: Path):

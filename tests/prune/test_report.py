@@ -12,7 +12,7 @@ from rich.console import Console
 
 from partwise.atomic_files import write_json
 from partwise.cli import main
-from partwise.prune._report import comparison_cells, describe, format_change, kept_of, verdict_of
+from partwise.prune._report import comparison_cells, describe, format_change, kept_of, total_cells, verdict_of
 from partwise.prune._terminal import summary_parts
 from partwise.report import write_report
 from partwise.runs import RunFolder
@@ -70,6 +70,7 @@ def test_the_report_shows_before_and_after_and_every_layer_and_is_drawn_again_fr
 
 
 def test_units_of_several_kinds_are_counted_by_kind(heads: dict[str, Any]):
+    assert total_cells(heads)[:4] == ["total", "", "", ""]
     assert kept_of(heads) == "4 of 8 heads and 24 of 48 neurons"
     assert verdict_of(heads).startswith("4 of 8 heads and 24 of 48 neurons stay. Weights: ")
     assert "Memory of a sequence: 262.1 kB to 131.1 kB (-50.0 %)." in verdict_of(heads)

@@ -56,7 +56,7 @@ def kept_of(facts: Mapping[str, Any]) -> str:
         (kind, sum(row["kept"] for row in facts["layers"] if row["units"] == kind), sum(row["of"] for row in facts["layers"] if row["units"] == kind))
         for kind in kinds
     ]
-    return " and ".join(f"{kept:,} of {of:,} {kind}" for kind, kept, of in counts)
+    return " and ".join(f"{kept:,} of {of:,} {kind}" for kind, kept, of in counts) or "all layers as they were"
 
 
 def format_change(before: Mapping[str, Any], after: Mapping[str, Any], key: str) -> str:
@@ -112,6 +112,14 @@ def layer_cells(facts: Mapping[str, Any]) -> list[list[str]]:
         ]
         for row in facts["layers"]
     ]
+
+
+def total_cells(facts: Mapping[str, Any]) -> list[str]:
+    """The sums of `layer_cells`; units of different kinds are not added up."""
+    rows = facts["layers"]
+    is_one = len({row["units"] for row in rows}) == 1
+    counts = [f"{sum(row[key] for row in rows):,}" if is_one else "" for key in ("kept", "of")]
+    return ["total", rows[0]["units"] if is_one else "", *counts, f"{sum(row['parameters'] for row in rows):,}", ""]
 
 
 def place_of(place: tuple[int | None, str]) -> str:
@@ -176,8 +184,8 @@ def _comparison(summary: Mapping[str, Any]) -> Section:
 def _layers(summary: Mapping[str, Any]) -> Section:
     columns = [Column(label, numeric=label not in LAYER_LABELS[:2]) for label in LAYER_LABELS]
     rows = summary["layers"]
-    total = ["total", "", f"{sum(row['kept'] for row in rows):,}", f"{sum(row['of'] for row in rows):,}", f"{sum(row['parameters'] for row in rows):,}", ""]
-    grid = Grid("What stayed of each layer.", columns, [Group("", layer_cells(summary))], total, fold=f"Show all {len(rows)} layers" if len(rows) > 64 else "")
+    fold = f"Show all {len(rows)} layers" if len(rows) > 64 else ""
+    grid = Grid("What stayed of each layer.", columns, [Group("", layer_cells(summary))], total_cells(summary), fold)
     drawing, said = "", []
     if curves := [row for row in rows if row["curve"]]:
         drawing += figures.concentration(curves)

@@ -34,12 +34,10 @@ def layer_table(summary: Mapping[str, Any]) -> Table:
     """A row for each axis, and their sum."""
     from rich.text import Text
 
-    from partwise.prune._report import LAYER_LABELS, layer_cells
+    from partwise.prune._report import LAYER_LABELS, layer_cells, total_cells
 
-    rows = summary["layers"]
     table = _plain_table(show_footer=True)
-    totals = ("total", "", *(f"{sum(row[key] for row in rows):,}" for key in ("kept", "of", "parameters")), "")
-    for label, total in zip(LAYER_LABELS, totals, strict=True):
+    for label, total in zip(LAYER_LABELS, total_cells(summary), strict=True):
         table.add_column(label, footer=total, justify="left" if label in LAYER_LABELS[:2] else "right", no_wrap=True)
     for cells in layer_cells(summary):
         table.add_row(*map(Text, cells))
