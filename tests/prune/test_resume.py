@@ -91,6 +91,16 @@ def test_a_run_killed_after_any_axis_leaves_the_same_bits(
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
+@pytest.mark.parametrize("name", ["greedy", "i-spasp"])
+def test_factors_of_a_method_come_back_with_the_same_bits(name: str, llama: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run_small(name, tmp_path / "whole", model=llama, calibration=words)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(1, patch)
+        run_small(name, tmp_path / "cut", model=llama, calibration=words)
+    run_small(name, tmp_path / "cut", model=llama, calibration=words, resume=True)
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")
+
+
 def test_axes_that_were_decided_before_are_not_scored_again(mamba2: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from partwise.prune import GHOST
 

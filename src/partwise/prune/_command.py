@@ -11,7 +11,7 @@ USAGE = (
     ("prune [METHOD]", "cut a trained model down to a smaller dense one, and measure both"),
     ("prune sweep", "quality against size for several methods, in one figure"),
 )
-EXAMPLES = ("partwise prune --model FOLDER --keep 0.5                half of a model's states or neurons, saved so that it loads",)
+EXAMPLES = ("partwise prune --model FOLDER --keep 0.5               half of a model's states or neurons, saved so that it loads",)
 HELP = """\
 usage: partwise prune [METHOD] --model FOLDER --keep 0.5 [flags]
        partwise prune sweep --model FOLDER [flags]
