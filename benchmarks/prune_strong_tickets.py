@@ -5,7 +5,7 @@ steps on moving. What they are compared with gets as many steps in all, or, wher
 the moved weights are better to choose from. Random changes are those of projected descent, shuffled within each layer, so they are as large. Rates of
 scores and of weights are chosen once, at half length, on a validation split. Without the images nothing is measured, with a line that says so.
 
-Run: ``OMP_NUM_THREADS=1 python benchmarks/prune_strong_tickets.py`` (about four minutes on one core).
+Run: ``OMP_NUM_THREADS=1 python benchmarks/prune_strong_tickets.py`` (about three minutes on one core).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ a factor of order 1 / (1 + epsilon); its constant is not known to us, so 1 is as
 members moves its sum by up to epsilon n / 2, and sums lie as dense as 2^n / sqrt(n) there, which gives how many are needed with epsilon from how many are
 needed without.
 
-Run: ``python benchmarks/prune_subset_sums.py`` (about two minutes on one core).
+Run: ``python benchmarks/prune_subset_sums.py`` (about half a minute on one core).
 """
 
 from __future__ import annotations
