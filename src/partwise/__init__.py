@@ -4,6 +4,7 @@ Rooms
 -----
 tune : adapters by rank-one parts; finds the rank while training.
 train : whole models by subnetworks; tickets of any size.
+prune : smaller dense models, cut out of trained ones.
 serve : generation in a fixed memory; caches that keep to a budget.
 decompose : scikit-learn estimators built from rank-one parts.
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 __version__ = "0.1.0"
-ROOMS = ("tune", "train", "serve", "decompose")
+ROOMS = ("tune", "train", "prune", "serve", "decompose")
 
 __all__ = ["ROOMS", "__version__", "load"]
 
@@ -37,7 +38,7 @@ def load(path: str | os.PathLike[str], *, model: nn.Module | None = None) -> nn.
     ----------
     path : str or path
         A folder with ``config.json`` and safetensors: a Llama, Mistral, Qwen2, Qwen3, GPT-2, GPT-NeoX, Mamba2 or ViT model of transformers whose layers may
-        differ in size, a perceptron or ResNet of ``partwise train``, or a part of a network of your own.
+        differ in size or be of low rank, a perceptron or ResNet of ``partwise train``, or a part of a network of your own.
     model : torch.nn.Module, optional
         For a network of your own only: the whole one, as its own constructor makes it, trained or not. The part is taken out of a copy.
 
