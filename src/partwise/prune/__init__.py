@@ -1,6 +1,8 @@
 """prune: smaller dense models, cut out of trained ones and saved so that they load.
 
 - ``ghost`` - states of Mamba2, by what each one contributes to the output; forward passes only - arXiv:2602.11408
+- ``i-spasp`` - units that are large and missing from a layer's output, found in turns; inputs without labels - arXiv:2112.04905
+- ``greedy`` - every layer built anew by adding the unit that brings its output closest to what it was - arXiv:2108.00259, arXiv:2003.01794
 - ``lord`` - two thin layers for one, in the directions in which its outputs lie - arXiv:2309.14021
 - ``edge-popup`` - single weights of an untrained network; a mask, so no speed and no memory - arXiv:1911.13299, arXiv:2210.16589
 - ``magnitude`` - units with large weights stay; a baseline that needs no data - arXiv:1608.08710
@@ -21,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from partwise.prune.edge_popup import EdgePopup
     from partwise.prune.ghost import GHOST
+    from partwise.prune.greedy import GreedyForwardSelection
+    from partwise.prune.i_spasp import ISpaSP
     from partwise.prune.lord import LoRD
     from partwise.prune.low_rank import LowRankPlan
     from partwise.prune.magnitude import Magnitude
@@ -34,12 +38,14 @@ if TYPE_CHECKING:
     from partwise.prune.weight_mask import WeightMaskPlan
 
 __all__ = [
-    "GHOST", "METHODS", "EdgePopup", "LoRD", "LowRankPlan", "Magnitude", "ProjectedSGD", "PrunePlan", "Random", "SafeScore", "Taylor", "UnitPlan",
-    "WandaStructured", "WeightMaskPlan", "advise", "apply", "load_plan", "safe_score", "save",
+    "GHOST", "METHODS", "EdgePopup", "GreedyForwardSelection", "ISpaSP", "LoRD", "LowRankPlan", "Magnitude", "ProjectedSGD", "PrunePlan", "Random",
+    "SafeScore", "Taylor", "UnitPlan", "WandaStructured", "WeightMaskPlan", "advise", "apply", "load_plan", "safe_score", "save",
 ]  # fmt: skip
 
 METHODS = {
     "ghost": "partwise.prune.ghost:GHOST",
+    "i-spasp": "partwise.prune.i_spasp:ISpaSP",
+    "greedy": "partwise.prune.greedy:GreedyForwardSelection",
     "lord": "partwise.prune.lord:LoRD",
     "edge-popup": "partwise.prune.edge_popup:EdgePopup",
     "magnitude": "partwise.prune.magnitude:Magnitude",
