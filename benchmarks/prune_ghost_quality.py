@@ -369,11 +369,12 @@ def figure() -> None:
     titles = [title for title in MODELS if any(f": {title}, " in claim for claim in measured)]
     drawing = new_figure(760, 300)
     for axis, title in zip(drawing.subplots(1, len(titles), squeeze=False)[0], titles, strict=True):
-        for name, colour in zip(("GHOST", "Magnitude", "Random", "controllability", "observability", "Taylor"), LINES, strict=False):
+        names = ("GHOST", "Magnitude", "Random", "controllability", "observability", "Taylor")
+        for order, (name, colour) in enumerate(zip(names, LINES, strict=False)):
             rows = [measured[f"Perplexity with {share:.0%} of the states removed: {title}, {name}"] for share in REMOVED]
             above = [[100 * (value / row.baseline_values[0] - 1) for value in row.values] for row in rows]
             places = [100 * share for share in REMOVED]
-            axis.plot(places, [statistics.median(of_share) for of_share in above], marker="o", color=colour, label=name)
+            axis.plot(places, [statistics.median(of_share) for of_share in above], marker="o", color=colour, label=name, zorder=9 - order)
             axis.fill_between(places, list(map(min, above)), list(map(max, above)), color=colour, alpha=0.15, linewidth=0)
         axis.set(title=title, xlabel="states removed, %", xticks=places, ylim=(0, None))
     drawing.axes[0].set_ylabel("perplexity above the whole model, %")

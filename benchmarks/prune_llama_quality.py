@@ -42,6 +42,7 @@ MEASURED: dict[str, tuple[str, dict[str, Any]]] = {
     "lord in the feed-forward layers": ("lord", {"layers": ("*.mlp.*",)}),
 }
 LOW_RANK = "lord"
+ASKED, BASELINES = ("wanda", "i-spasp", "greedy", "lord"), ("magnitude", "random")
 
 
 def method_of(name: str, kinds: Sequence[str], keep: float, *, seed: int = 0, num_parameters: int = 0) -> Any:
@@ -95,6 +96,8 @@ def quality_row(
 ) -> Row:
     """One method at one size, beside the whole model."""
     middle = {other: statistics.median(value for value, _ in of_draws) for other, of_draws in found.items()}
+    baselines = min(value for other in BASELINES if other in found for value, _ in found[other])
+    asked = name in ASKED and keep == 0.5 and tuple(kinds) == ("neurons",)
     place = sorted(middle, key=lambda other: middle[other]).index(name) + 1
     return Row(
         claim=f"Perplexity with {keep:.0%} of the {' and '.join(kinds)}: {TITLE}, {name}",
@@ -105,6 +108,8 @@ def quality_row(
         seconds=seconds,
         baseline="whole model",
         baseline_values=(whole,) * len(found[name]),
+        expected="below random units and magnitude, in every draw" if asked else "",
+        held=all(value < baselines for value, _ in found[name]) if asked else None,
         note=f"{middle[name] / whole - 1:+.1%} by medians, place {place} of {len(middle)}; {found[name][0][1]:,.0f} of {num_whole:,} parameters. {TEST[0]} "
         f"held-out rows of {TEST[1]} tokens; calibration of {CALIBRATION[0]} rows of {CALIBRATION[1]}, no fine-tuning.",
     )

@@ -326,6 +326,7 @@ def test_methods_on_a_llama_have_equal_sizes_and_low_rank_no_more(
     prune_llama_quality.run("neurons", values, calibration=(4, 16), test=(4, 24))
     found = {row.claim.rpartition(f"{prune_llama_quality.TITLE}, ")[2]: row for row in written}
     assert {"magnitude", "random", "taylor", "wanda"} <= set(found)
+    assert {name for name, row in found.items() if row.held is not None} == set(prune_llama_quality.ASKED)
     assert len(found["magnitude"].values) == 1
     assert all(len(row.values) == 3 for name, row in found.items() if name != "magnitude")
     sizes = {name: int(row.note.partition("; ")[2].partition(" of ")[0].replace(",", "")) for name, row in found.items()}
