@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import json
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from adapters import adapter_weights, data, grower, mlp, set_ranks, train
 from partwise.checks import InputError
@@ -174,6 +177,8 @@ def test_a_growing_state_dict_loads_strictly_and_in_either_form():
 
 
 def test_transformers_own_integration_installs_growing_layers(tmp_path):
+    if Version(peft.__version__) < Version(MIN_PEFT_VERSION):
+        pytest.skip(f"add_adapter of this transformers needs peft {MIN_PEFT_VERSION}, and {peft.__version__} is installed; get_peft_model takes it")
     model = tiny_bert()
     model.add_adapter(AdaPaDConfig(target_modules=["query", "value"], budget=6, **FAST))
     model.train()
