@@ -59,7 +59,7 @@ def test_help_lists_every_method_with_what_it_does_and_what_to_type(capsys: pyte
     said = capsys.readouterr().out
     for name in command_names():
         assert f"\n  {name} " in said
-    assert "METHOD (left out: ghost for Mamba2, wanda for others)" in said
+    assert "METHOD (left out: ghost for Mamba2, greedy for others)" in said
     for text in ("--keep 0.5", "--calibration notes/", "--max-state-bytes", "--protect", "--resume", "prune sweep", "partwise train", "standard library"):
         assert text in said
     assert "edge-popup" not in said
@@ -106,9 +106,9 @@ def test_the_method_that_is_left_out_depends_on_the_model(
 ):
     monkeypatch.chdir(tmp_path)
     assert default_method(str(mamba2)) == "ghost"
-    assert default_method(str(llama)) == "wanda"
-    assert default_method(None) == "wanda"
-    assert default_method("owner/no-such-model") == "wanda"
+    assert default_method(str(llama)) == "greedy"
+    assert default_method(None) == "greedy"
+    assert default_method("owner/no-such-model") == "greedy"
     name, flags = read_prune_flags(["--model", str(mamba2), "--keep", "0.25"])
     assert (name, flags.method.keep, type(flags.method).__name__) == ("ghost", 0.25, "GHOST")
 
@@ -177,11 +177,11 @@ def test_without_a_model_the_newest_training_run_is_pruned_on_files_held_out(
     trained.set_status("finished")
     assert run("prune", "--rows", 2, "--evaluation-rows", 2, "--tokens", 16, "--json") == 0
     said = json.loads(capsys.readouterr().out)
-    assert (said["model"], said["method"]) == ("runs/twist-001/result/model", "wanda")
+    assert (said["model"], said["method"]) == ("runs/twist-001/result/model", "greedy")
     assert said["calibration"]["data"] == said["evaluation"]["data"] == "standard library, held-out files"
     # On the way back there is a newer run of train, and the run to resume still has its own model.
     shutil.copytree(tmp_path / "runs/twist-001", tmp_path / "runs/twist-002")
-    assert run("prune", "--out", "runs/wanda-001", "--resume", "--json") == 0
+    assert run("prune", "--out", "runs/greedy-001", "--resume", "--json") == 0
 
 
 def test_a_pruned_model_can_be_pruned_again(mamba2: Path, words: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -20,7 +20,7 @@ from partwise.runs import RunFolder
 __all__ = ["SweepFlags", "default_method", "method_class", "prune_flags", "read_prune_flags", "read_sweep_flags"]
 
 USUAL = {"mamba2": "ghost"}  # method where none is named, by what config.json calls the family
-OTHERWISE = "wanda"
+OTHERWISE = "greedy"
 
 
 @dataclass(frozen=True, kw_only=True)

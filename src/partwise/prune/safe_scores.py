@@ -27,10 +27,10 @@ RULES = {
     "states": ("ghost", "Remove for good, by what a state adds to the outputs. It is part of what the model knows of the text so far, large or small."),
     "heads": ("wanda", "Remove for good, with kinds=('heads',), by what a head adds to the outputs. Its keys and values are held for every token."),
     "neurons": (
-        "wanda",
+        "greedy",
         "Better skipped token by token, by size, than removed for good: different tokens need different neurons. If some must go, few, by what they add.",
     ),
-    "units": ("wanda", "Remove for good, by what a unit adds to the outputs, and train on. There are no tokens for which it could be skipped."),
+    "units": ("greedy", "Remove for good, by what a unit adds to the outputs, and train on. There are no tokens for which it could be skipped."),
 }
 
 
