@@ -1,7 +1,7 @@
 """How fast the error of greedily selected neurons falls with their number, against neurons drawn by chance.
 
-Two hundred ReLU neurons with random signs on some random inputs; the target is the mean of forty of them, so it lies in their hull. Greedy selection in the
-mean form should reach it with the square of the number of neurons, neurons drawn from the forty with the number. Seeds are neurons and inputs.
+Two hundred ReLU neurons with random signs on some random inputs; the target is the mean of forty of them, so it lies in their hull. Greedy selection of
+equal amounts should reach it with the square of the number of neurons, neurons drawn from the forty with the number. Seeds are neurons and inputs.
 
 Run: ``python benchmarks/prune_greedy_decay.py`` (half a minute on one core).
 """
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from partwise.linalg.greedy_selection import greedy_course, greedy_subset
+from partwise.linalg.greedy_selection import AMOUNTS, greedy_course, greedy_subset
 from rows import Row, append
 
 NAME = "prune_greedy_decay"
@@ -65,6 +65,11 @@ def drawn_losses(given: Problem, numbers: Sequence[int] = DRAWN, *, seed: int, n
     return np.array(means)
 
 
+def left(given: Problem, loss: float) -> float:
+    """Squared distance from the target, beside that of nothing."""
+    return 2 * loss / float(given.target @ given.target)
+
+
 def exponent(numbers: Sequence[int] | np.ndarray, losses: np.ndarray) -> float:
     """Slope of a line through the logarithms."""
     return float(np.polyfit(np.log(numbers), np.log(losses), 1)[0])
@@ -91,7 +96,7 @@ def decay() -> None:
             f"The error of greedy selection falls with the square of the number of neurons: {num_examples} examples",
             ours,
             unit=f"exponent, from {FIRST} to {LAST:,} steps",
-            method="greedy_course(scale='mean')",
+            method="greedy_course(amounts='equal')",
             baseline="neurons by chance",
             baseline_values=chance,
             started=started,
@@ -106,21 +111,21 @@ def same_number() -> None:
         started = time.perf_counter()
         given = [problem(40, seed=seed) for seed in SEEDS]
         found = {
-            scale: [greedy_subset(*each.products, num_units=kept, max_steps=800, scale=scale).loss / float(each.target @ each.target) * 2 for each in given]
-            for scale in ("mean", "fitted")
+            amounts: [left(each, greedy_subset(*each.products, num_units=kept, max_steps=800, amounts=amounts).loss) for each in given]
+            for amounts in AMOUNTS
         }
-        chance = [2 * float(drawn_losses(each, (kept,), seed=seed)[0]) / float(each.target @ each.target) for seed, each in zip(SEEDS, given, strict=True)]
-        for scale, rival, name in (("mean", chance, "neurons by chance"), ("fitted", found["mean"], "greedy_subset(scale='mean')")):
+        chance = [left(each, float(drawn_losses(each, (kept,), seed=seed)[0])) for seed, each in zip(SEEDS, given, strict=True)]
+        for amounts, rival, name in (("equal", chance, "neurons by chance"), ("fitted", found["equal"], "greedy_subset(amounts='equal')")):
             report(
-                f"{kept} neurons chosen greedily, scale {scale}, come closer than {'by chance' if scale == 'mean' else 'in the mean form'}",
-                found[scale],
+                f"{kept} neurons chosen greedily, {amounts} amounts, come closer than {'by chance' if amounts == 'equal' else 'with equal ones'}",
+                found[amounts],
                 unit="relative squared error",
-                method=f"greedy_subset(scale={scale!r})",
+                method=f"greedy_subset(amounts={amounts!r})",
                 baseline=name,
                 baseline_values=rival,
                 started=started,
                 expected="lower in every seed",
-                held=all(ours < theirs for ours, theirs in zip(found[scale], rival, strict=True)),
+                held=all(ours < theirs for ours, theirs in zip(found[amounts], rival, strict=True)),
             )
 
 

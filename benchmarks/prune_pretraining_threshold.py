@@ -138,7 +138,7 @@ def some(size: int, *, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def report(claim: str, values: Sequence[float], *, unit: str, started: float, expected: str = "", held: bool | None = None, **more: object) -> None:
-    settings = {"method": "GreedyForwardSelection against labels, scale mean, 100 of 512 neurons"} | more
+    settings = {"method": "GreedyForwardSelection against labels, equal amounts, 100 of 512 neurons"} | more
     row = Row(
         claim=claim, values=tuple(values), unit=unit, seeds=SEEDS, seconds=time.perf_counter() - started, expected=expected, held=held, **settings
     )  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from tiny import tiny_decoder, tiny_mamba2, tiny_mlp, tiny_resnet
 from tolerances import assert_close
 
 READ = [name for name in FAMILIES if name not in WITHOUT_READERS]
-WAYS: list[dict[str, Any]] = [{}, {"allow_repeats": False}, {"scale": "mean"}, {"scale": "mean", "allow_repeats": False}]
+WAYS: list[dict[str, Any]] = [{}, {"allow_repeats": False}, {"amounts": "equal"}, {"amounts": "equal", "allow_repeats": False}]
 
 
 def plan_of_case(case: Case, **options: Any) -> UnitPlan:
@@ -42,9 +42,9 @@ def test_units_and_factors_are_those_that_what_each_unit_adds_leads_to(name: str
     size, added = case.axis.size, case.contributions()
     phi, target = added * size, added.sum(0)
     keep = int(0.5 * size + 0.5)
-    subset = greedy_subset(phi @ phi.T, phi @ target, float(target @ target), num_units=keep, max_steps=4 * size, **({"scale": "fitted"} | options))
+    subset = greedy_subset(phi @ phi.T, phi @ target, float(target @ target), num_units=keep, max_steps=4 * size, **({"amounts": "fitted"} | options))
     assert plan.units[case.axis.name] == subset.units
-    assert_close(plan.factors[case.axis.name], subset.weights * size, claim="counts over steps, times the width", rtol=1e-7)
+    assert_close(plan.factors[case.axis.name], subset.weights * size, claim="weights of a mean, times the width", rtol=1e-7)
     assert_close(plan.scores[case.axis.name], added.square().sum(1), claim="scores: what is missing without the unit", rtol=1e-8)
     assert layer_error(case, subset.units, plan.factors[case.axis.name]) == pytest.approx(2 * subset.loss / float(target @ target), rel=1e-6, abs=1e-9)
 
@@ -87,9 +87,8 @@ def test_neurons_that_nobody_reads_go_and_nothing_changes():
     for options in ({}, {"allow_repeats": False}):
         plan = GreedyForwardSelection(keep=0.2, **options).plan(model, rows(6))
         assert plan.units["0"] == tuple(range(12))
-        if options:
-            assert_close(plan.factors["0"], torch.ones(12, dtype=torch.float64), claim="the fitted scale is one", rtol=1e-9)
-            assert_close(apply(model, plan)(rows(6)), model(rows(6)), claim="nothing is lost")
+        assert_close(plan.factors["0"], torch.ones(12, dtype=torch.float64), claim="as much as there was", rtol=1e-9)
+        assert_close(apply(model, plan)(rows(6)), model(rows(6)), claim="nothing is lost")
 
 
 def test_a_neuron_that_does_all_the_work_is_chosen_first_and_alone_it_is_enough():
@@ -113,29 +112,29 @@ def test_twins_are_replaced_by_one_that_counts_twice():
     assert_close(apply(model, plan)(rows(6)), model(rows(6)), claim="half the width, the same network")
 
 
-def test_in_the_mean_form_factors_add_up_to_the_width_so_that_the_layer_keeps_its_scale():
+def test_with_equal_amounts_factors_add_up_to_the_width_so_that_the_layer_keeps_its_scale():
     model = tiny_mlp(6, 30, 20, 4, seed=1)
     for repeats in (True, False):
-        plan = GreedyForwardSelection(scale="mean", keep=0.3, allow_repeats=repeats).plan(model, rows(6))
+        plan = GreedyForwardSelection(amounts="equal", keep=0.3, allow_repeats=repeats).plan(model, rows(6))
         for name, width in (("0", 30), ("2", 20)):
             assert float(plan.factors[name].sum()) == pytest.approx(width)
     assert_close(plan.factors["0"], torch.full((9,), 30 / 9, dtype=torch.float64), claim="once each")
 
 
 @pytest.mark.parametrize("name", ["neurons of a perceptron", "filters before a sum", "Llama", "ViT", "a border of zeros"])
-def test_a_fitted_scale_comes_closer_to_the_layer_than_the_mean_and_than_wanda_or_chance(name: str):
+def test_fitted_amounts_come_closer_to_the_layer_than_equal_ones_and_than_wanda_or_chance(name: str):
     case = CASES[name]()
     kinds = (case.axis.kind,)
     plans = {
         "fitted": plan_of_case(case),
         "once each": plan_of_case(case, allow_repeats=False),
-        "mean": plan_of_case(case, scale="mean"),
+        "equal": plan_of_case(case, amounts="equal"),
         "wanda": WandaStructured(kinds=kinds).plan(case.model, [case.inputs]),
         "chance": Random(kinds=kinds).plan(case.model),
     }
     errors = {way: layer_error(case, plan.units[case.axis.name], plan.factors.get(case.axis.name)) for way, plan in plans.items()}
     assert errors["fitted"] <= errors["once each"] + 1e-9
-    assert errors["fitted"] < min(errors["mean"], errors["wanda"], errors["chance"]), errors
+    assert errors["fitted"] < min(errors["equal"], errors["wanda"], errors["chance"]), errors
 
 
 def test_the_target_of_a_layer_is_what_it_gives_on_what_the_pruned_layers_before_it_pass_on():
@@ -227,8 +226,8 @@ def test_what_no_layer_reads_is_refused():
 
 
 def test_bad_settings_are_refused_with_what_was_got():
-    with pytest.raises(InputError, match=r"scale='sum' is not known. Choose one of: mean, fitted"):
-        GreedyForwardSelection(scale="sum")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"amounts='some' is not known. Choose one of: equal, fitted"):
+        GreedyForwardSelection(amounts="some")  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"steps_per_unit=0 must be an integer of at least 1"):
         GreedyForwardSelection(steps_per_unit=0)
     with pytest.raises(InputError, match=r"got keep=0, expected a fraction above 0 and at most 1"):

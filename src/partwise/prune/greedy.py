@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from partwise.checks import check_at_least, check_choice
-from partwise.linalg.greedy_selection import SCALES, Scale, greedy_subset
+from partwise.linalg.greedy_selection import AMOUNTS, Amounts, greedy_subset
 from partwise.linalg.unit_products import unit_products
 from partwise.prune._reading import readings_of
 from partwise.prune.unit_method import Choice, UnitMethod
@@ -23,19 +23,19 @@ __all__ = ["GreedyForwardSelection"]
 class GreedyForwardSelection(UnitMethod):
     """Build every layer anew: begin with nothing, add the unit with which its output comes closest to what it was, and go on.
 
-    A unit may be added again, and then counts more: the layers that read it multiply it by its count. The target is what the reading layer of the dense model
-    gives on the inputs that arrive, which are those that the pruned layers before it pass on. Labels are not needed.
+    A unit may be added again, and then there is more of it: the layers that read it multiply it by how much. The target is what the reading layer of the dense
+    model gives on the inputs that arrive, which are those that the pruned layers before it pass on. Labels are not needed.
 
     The reading layer is linear in its units, so only inner products of what the units add are needed: one pass over the data, then each step takes as many
     operations as there are units. A batch normalisation behind the reading layer belongs to it.
 
     Parameters
     ----------
-    scale : {"fitted", "mean"}
-        What the sum of the units chosen is multiplied by. mean: the width over the number of steps, so that the layer stays the mean of its units, as in the
-        paper and its theory. fitted: the number that brings it closest to the target, at every step.
+    amounts : {"fitted", "equal"}
+        How much of a unit a step adds. equal: as much as any other, so that the layer is the mean of what was added, as in the paper and its theory; what is
+        kept is then multiplied by its count times the width over the number of steps. fitted: as much as brings the output closest to the target.
     allow_repeats : bool
-        False: every unit once, so that all are multiplied by the same number.
+        False: every unit has one step. Equal amounts then multiply all that is kept by the same number.
     steps_per_unit : int
         Steps at most, for each unit of the whole layer. When as many units as stay are there, the steps left sharpen their weights.
 
@@ -47,13 +47,13 @@ class GreedyForwardSelection(UnitMethod):
 
     DEFAULT_KINDS: ClassVar[tuple[str, ...]] = ("neurons", "filters")
 
-    scale: Scale = "fitted"
+    amounts: Amounts = "fitted"
     allow_repeats: bool = True
     steps_per_unit: int = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self.scale, SCALES, name="scale")
+        check_choice(self.amounts, AMOUNTS, name="amounts")
         check_at_least(self.steps_per_unit, 1, name="steps_per_unit")
 
     def score(self, visit: Visit) -> Tensor:
@@ -73,7 +73,7 @@ class GreedyForwardSelection(UnitMethod):
             float(gram.sum()),
             num_units=keep,
             max_steps=self.steps_per_unit * size,
-            scale=self.scale,
+            amounts=self.amounts,
             allow_repeats=self.allow_repeats,
             must=protect,
         )
