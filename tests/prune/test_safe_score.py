@@ -136,7 +136,9 @@ def test_removing_more_than_half_of_the_neurons_of_a_language_model_for_good_is_
     assert warning.startswith("75% of the feed-forward neurons would go for good in 2 layers. They are computed anew for every token, and tokens need ")
     assert warning.endswith("Keep at least 50%, or cut states or heads.")
     assert advise(parts, keep=0.5) == ()
-    assert advise(parts, keep=0.25, kinds=("heads",)) == ()
+    [warning] = advise(parts, keep=0.5, kinds=("heads",))
+    assert warning.startswith("50% of the groups of heads would go in 2 layers. Expect a much worse model unless it is trained on. Keep at least 75%")
+    assert advise(parts, keep=0.75, kinds=("heads",)) == ()
     assert advise(safe_score(tiny_mamba2()), keep=0.1, kinds=("states",)) == ()
     assert advise(safe_score(tiny_resnet()), keep=0.1, kinds=("filters",)) == (), "there are no tokens"
     assert advise(safe_score(tiny_mlp(6, 8, 4)), keep=0.1) == ()

@@ -175,10 +175,10 @@ def notes_about(model: Any, layers: Sequence[Mapping[str, Any]], before: Mapping
     notes = []
     if any(row["units"] == "states" for row in layers):
         notes.append("States are a small part of the weights. What shrinks is the memory that every sequence holds.")
-    neurons = [row for row in layers if row["units"] == "neurons"]
-    if neurons:
-        keep = sum(row["kept"] for row in neurons) / sum(row["of"] for row in neurons)
-        notes += advise(safe_score(model), keep=keep)
+    for kind in ("neurons", "heads"):
+        if rows := [row for row in layers if row["units"] == kind]:
+            keep = sum(row["kept"] for row in rows) / sum(row["of"] for row in rows)
+            notes += advise(safe_score(model), keep=keep, kinds=(kind,))
     if not before["perplexity"]:
         notes.append("The perplexity of the whole model is no finite number: look at the model and at the text before anything else.")
     elif not after["perplexity"] or after["perplexity"] > MUCH * before["perplexity"]:

@@ -23,6 +23,8 @@ __all__ = ["SafeScore", "advise", "safe_score"]
 
 # Of the feed-forward neurons of a language model, the share that has to stay before `advise` warns. Our choice: the source says "high sparsity" only.
 SAFE_KEEP = 0.5
+# The same for groups of heads. Half of them gone ruined a small Llama, whatever chose them; see docs/claims.md.
+SAFE_HEADS = 0.75
 RULES = {
     "states": ("ghost", "Remove for good, by what a state adds to the outputs. It is part of what the model knows of the text so far, large or small."),
     "heads": ("wanda", "Remove for good, with kinds=('heads',), by what a head adds to the outputs. Its keys and values are held for every token."),
@@ -118,7 +120,8 @@ def advise(parts: Sequence[SafeScore], *, keep: float, kinds: Sequence[str] = ("
     Returns
     -------
     tuple of str
-        One warning where less than half of the feed-forward neurons of a language model are to stay, and one where size misleads.
+        One warning where less than half of the feed-forward neurons of a language model are to stay, one where less than three quarters of the heads are,
+        and one where size misleads.
     """
     cut = [part for part in parts if part.kind in kinds]
     per_token = [part for part in cut if part.rule == RULES["neurons"][1]]
@@ -127,6 +130,12 @@ def advise(parts: Sequence[SafeScore], *, keep: float, kinds: Sequence[str] = ("
         found.append(
             f"{1 - keep:.0%} of the feed-forward neurons would go for good in {len(per_token)} layers. They are computed anew for every token, and tokens need "
             f"different ones: expect a much worse model unless it is trained on. Keep at least {SAFE_KEEP:.0%}, or cut states or heads."
+        )
+    heads = [part for part in cut if part.kind == "heads"]
+    if heads and keep < SAFE_HEADS:
+        found.append(
+            f"{1 - keep:.0%} of the groups of heads would go in {len(heads)} layers. Expect a much worse model unless it is trained on. Keep at least "
+            f"{SAFE_HEADS:.0%}, or make the layers thin with lord, which leaves the heads."
         )
     misleading = [part for part in cut if part.correlation is not None and part.correlation <= 0]
     if misleading:
