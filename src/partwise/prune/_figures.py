@@ -78,6 +78,8 @@ def quality(rows: Rows, whole: Mapping[str, Any], *, size: str, label: str) -> s
     axis.set(xlabel=label, ylabel="perplexity")
     if size == "sequence_bytes":
         axis.set_xlim(left=0)
+    if divisor == 1.0:
+        axis.xaxis.set_major_formatter(load_extra("matplotlib.ticker", extra="report").EngFormatter())
     _logarithmic(axis, [row["perplexity"] for row in rows if row["perplexity"]] + [whole["perplexity"]])
     legend_above(axis, columns=6)
     return to_svg(figure, f"perplexity of {len(methods)} methods against {label}")
